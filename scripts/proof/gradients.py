@@ -1,0 +1,194 @@
+"""Proof: the contrastive gradients do not depend on ranks or micro-batches.
+
+    python scripts/proof/gradients.py [--full] [--json FILE]       # CPU, about 15 s
+
+One global batch of image-text pairs is trained on by 1, 2 and 4 real processes (gloo, fp64) that hold unequal numbers
+of pairs, one padding row each and, at 4, a rank with none, in 1 and in 3 micro-batches (cached two-pass: features
+without graph, loss on all of them, then each micro-batch again with its features' gradient). The loss and the gradient
+of both towers, of the temperature and of the bias are compared with one process that forms the whole N x N matrix by
+a formula of its own. The value of a row is the largest relative error of these.
+
+Each row has a control, an error that public trainers have shipped, measured in the same way; it must fail the bar:
+features of other ranks not gathered; gathered without gradient; the temperature's gradient added up K times; padding
+rows counted.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from _table import Row, arguments, report
+from torch import Tensor, nn
+
+from vlm_train.distributed import collectives
+from vlm_train.distributed.testing import run_ranks
+from vlm_train.objectives.contrastive import Contrastive
+from vlm_train.objectives.infonce import InfoNCE
+from vlm_train.objectives.sigmoid import Sigmoid
+from vlm_train.types import Batch
+
+BAR = 1e-10  # fp64; measured 1e-15
+OBJECTIVES = {"infonce": InfoNCE, "sigmoid": Sigmoid}
+SHARES = {1: [11], 2: [7, 4], 4: [5, 0, 4, 2]}  # pairs per rank
+LONG_SHARES = {1: [96], 2: [60, 36], 4: [50, 0, 45, 1]}
+
+NOT_GATHERED = "features not gathered"
+NO_GRADIENT = "gather without gradient"
+TEMPERATURE = "temperature x K"
+PADDING = "padding counted"
+
+
+class Towers(nn.Module):
+    """Two small nonlinear towers with the outputs of a dual encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.image = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.text = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.double()
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        image, text = self.image(batch["images"]), self.text(batch["text_ids"])
+        return {"image_features": F.normalize(image, dim=1), "text_features": F.normalize(text, dim=1)}
+
+
+def global_batch(num_pairs: int) -> Batch:
+    generator = torch.Generator().manual_seed(11)
+    images = torch.randn(num_pairs, 6, dtype=torch.float64, generator=generator)
+    texts = torch.randn(num_pairs, 5, dtype=torch.float64, generator=generator)
+    return Batch(images=images, text_ids=texts, weights=torch.ones(num_pairs))
+
+
+def rank_batch(shares: list[int]) -> Batch:
+    """This rank's pairs, and one padding row of weight 0 that repeats the first pair of the global batch."""
+    start = sum(shares[: collectives.rank()])
+    rows = [*range(start, start + shares[collectives.rank()]), 0]
+    batch = global_batch(sum(shares))
+    weights = torch.tensor([1.0] * (len(rows) - 1) + [0.0])
+    return Batch(images=batch["images"][rows], text_ids=batch["text_ids"][rows], weights=weights)
+
+
+def dense_loss(name: str, features: dict[str, Tensor], objective: Contrastive) -> Tensor:
+    """The mean loss by its formula, on one process, from the N x N matrix."""
+    scale = objective.logit_scale.exp()
+    logits = scale * features["image_features"] @ features["text_features"].T
+    num_pairs = logits.shape[0]
+    if name == "infonce":
+        rows = logits.logsumexp(1) - logits.diagonal()
+        columns = logits.logsumexp(0) - logits.diagonal()
+        return (rows + columns).sum() / (2 * num_pairs)
+    sign = 2 * torch.eye(num_pairs, dtype=logits.dtype) - 1
+    return torch.log1p(torch.exp(-sign * (logits + objective.logit_bias))).sum() / num_pairs
+
+
+def reference(name: str, num_pairs: int) -> dict[str, Tensor]:
+    """Loss and gradients of one process."""
+    model, objective = Towers(), OBJECTIVES[name]().double()
+    loss = dense_loss(name, model(global_batch(num_pairs)), objective)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients_of(model, objective)}
+
+
+def gradients_of(model: nn.Module, objective: nn.Module) -> dict[str, Tensor]:
+    parameters = nn.ModuleDict({"model": model, "objective": objective}).named_parameters()
+    return {key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in parameters}
+
+
+def micro_batches(batch: Batch, num_micro_batches: int) -> list[Batch]:
+    """Cuts a batch; a rank with few rows gets empty micro-batches, as it must still take part."""
+    cuts = {key: value.tensor_split(num_micro_batches) for key, value in batch.items()}
+    return [Batch(**{key: parts[index] for key, parts in cuts.items()}) for index in range(num_micro_batches)]
+
+
+def step(model: Towers, objective: Contrastive, batch: Batch, num_micro_batches: int) -> Tensor:
+    """One step as the engine takes it, up to the averaging of gradients over ranks; returns the global mean loss."""
+    parts = micro_batches(batch, num_micro_batches)
+    global_count = collectives.all_reduce_sum(objective.count(batch))
+    with torch.no_grad():
+        cached = [objective.features(model, part) for part in parts]
+    joined = {key: torch.cat([features[key] for features in cached]) for key in cached[0]}
+    leaves = {key: joined[key].requires_grad_() for key in sorted(objective.requires)}
+    output = objective.loss(joined)
+    # in this order: world size / count of two integers would be a float32
+    (output.sum * collectives.world_size() / global_count).backward()
+    position = 0
+    for part in parts:
+        features = objective.features(model, part)
+        rows = slice(position, position := position + len(part["images"]))
+        torch.autograd.backward([features[key] for key in leaves], [leaf.grad[rows] for leaf in leaves.values()])
+    return collectives.all_reduce_sum(output.sum) / global_count
+
+
+def one_step(name: str, shares: list[int], num_micro_batches: int, control: str | None) -> dict[str, Tensor]:
+    """Loss and averaged gradients of this world, right or with one deliberate error."""
+    model, objective, batch = Towers(), OBJECTIVES[name]().double(), rank_batch(shares)
+    with ExitStack() as stack:
+        if control == PADDING:
+            batch["weights"] = torch.ones_like(batch["weights"])
+        if control == NO_GRADIENT:
+            # times zero: the graph stays whole, the gradient is gone
+            right = collectives.gather_rows
+            detached = mock.Mock(side_effect=lambda x, counts=None: right(x.detach(), counts) + 0 * x.sum())
+            stack.enter_context(mock.patch.object(collectives, "gather_rows", detached))
+        if control == NOT_GATHERED:
+            stack.enter_context(mock.patch.object(collectives, "gather_rows", lambda x, counts=None: x))
+            stack.enter_context(mock.patch.object(collectives, "row_counts", lambda x: [len(x)] * len(shares)))
+            stack.enter_context(mock.patch.object(collectives, "rank", lambda: 0))
+        loss = step(model, objective, batch, num_micro_batches)
+    result = gradients_of(model, objective)
+    if control == TEMPERATURE:
+        result.update({key: num_micro_batches * value for key, value in result.items() if key.startswith("objective")})
+    averaged = {key: collectives.all_reduce_sum(value) / len(shares) for key, value in result.items()}
+    return {"loss": loss, **averaged}
+
+
+def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative error (norm of the difference over norm) of the loss and of every gradient."""
+    errors = [(got[key] - value).norm() / value.norm() for key, value in expected.items()]
+    return float(torch.stack(errors).max())  # unlike Python's max, this one lets a NaN through
+
+
+def controls(world_size: int, num_micro_batches: int) -> list[str]:
+    """The errors that can exist in this world."""
+    names = [PADDING]
+    names += [NOT_GATHERED, NO_GRADIENT] if world_size > 1 else []
+    return names + ([TEMPERATURE] if num_micro_batches > 1 else [])
+
+
+def measure(shares: list[int], all_num_micro_batches: list[int]) -> list[dict[str, float | str]]:
+    """Every row of one world. Runs on each of its ranks."""
+    rows: list[dict[str, float | str]] = []
+    for name in OBJECTIVES:
+        expected = reference(name, sum(shares))
+        for num_micro_batches in all_num_micro_batches:
+            value = largest_error(one_step(name, shares, num_micro_batches, None), expected)
+            for control in controls(len(shares), num_micro_batches):
+                wrong = largest_error(one_step(name, shares, num_micro_batches, control), expected)
+                claim = f"{name}: ranks hold {shares}, {num_micro_batches} micro-batches [control: {control}]"
+                rows.append({"claim": claim, "value": value, "control": wrong})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(__doc__.splitlines()[0], argv)
+    layouts = [SHARES, LONG_SHARES] if options.full else [SHARES]
+    all_num_micro_batches = [1, 2, 3, 5] if options.full else [1, 3]
+    rows = []
+    for world_size in (1, 2, 4):
+        for layout in layouts:
+            # ranks agree on the averaged gradients, so rank 0 speaks for all
+            world = (layout[world_size], all_num_micro_batches)
+            measured = measure(*world) if world_size == 1 else run_ranks(measure, world_size, *world)[0]
+            rows += [Row(bar=BAR, sense="<=", **row) for row in measured]
+    return report(rows, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything that must hold: set-up, linters, types, then the whole test suite. Runs on a bare Debian or Ubuntu machine.
+#   bash scripts/test.sh              all of it
+#   bash scripts/test.sh tests/data   one part of the suite; further words go to pytest
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+make_environment
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true TOKENIZERS_PARALLELISM=false
+
+if [ $# -eq 0 ]; then
+    say "lint"
+    ruff check .
+    ruff format --check .
+    codespell
+    say "types"
+    mypy
+fi
+say "tests"
+python -m pytest --durations=15 "$@"

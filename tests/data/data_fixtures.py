@@ -1,0 +1,94 @@
+"""Small shards of every kind, and a tokenizer that needs no file."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.transforms import TrainTransform
+from vlm_train.types import ImageSpec, TextSpec
+
+SPEC = ImageSpec(size=16)
+
+
+class ByteTokenizer:
+    """One id a byte, between 1 and 2; 0 pads."""
+
+    def __init__(self, *, context_length=40, pad_to_max=False):
+        self.spec = TextSpec(
+            vocab_size=259, context_length=context_length, pad_id=0, bos_id=1, eos_id=2, pad_to_max=pad_to_max
+        )
+
+    def __call__(self, texts):
+        ids = torch.zeros(len(texts), self.spec.context_length, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            tokens = [1, *(byte + 3 for byte in text.encode()[: self.spec.context_length - 2]), 2]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids, ids != 0
+
+    def decode(self, ids):
+        return bytes(token - 3 for token in ids if token > 2).decode()
+
+    def save(self, directory):
+        raise NotImplementedError
+
+
+def pixels(seed, width=24, height=20):
+    """A smooth picture: what JPEG is made for."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(array, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members, *, kind=tarfile.USTAR_FORMAT):
+    """Members are (name, bytes) or ready TarInfos."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def members_of(key, seed, *, image=None, caption=None, metadata=None):
+    """jpg + txt + json of one sample, as img2dataset writes them."""
+    facts = {"caption": f"picture {seed}", "label": seed % 3, "key": key} | (metadata or {})
+    return [
+        (f"{key}.jpg", encoded(pixels(seed)) if image is None else image),
+        (f"{key}.txt", f"picture {seed}".encode() if caption is None else caption),
+        (f"{key}.json", json.dumps(facts).encode()),
+    ]
+
+
+def write_dataset(folder: Path, counts=(11, 7, 13, 5), *, bad=()):
+    """Shards of jpg + txt + json. The samples numbered in `bad` have a JPEG that stops half-way."""
+    number = 0
+    for shard, count in enumerate(counts):
+        members = []
+        for _ in range(count):
+            image = encoded(pixels(number))
+            image = image[: len(image) * 2 // 3] if number in bad else image
+            members += members_of(f"{shard:02d}{number:04d}", number, image=image)
+            number += 1
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def train_encoder():
+    """Augments with everything, so that equal pixels mean equal randomness."""
+    transform = TrainTransform(spec=SPEC, scale=(0.3, 1.0), flip=0.5, color_jitter=0.4, grayscale=0.2)
+    return SampleEncoder(transform=transform, tokenizer=ByteTokenizer())

@@ -1,0 +1,94 @@
+"""Small CLIP and SigLIP models of ours, their tokenizers, and one batch for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlm_train.data.tokenizer import BytePairTokenizer, HuggingFaceTokenizer
+from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.text.transformer import TextTransformer
+from vlm_train.models.vision.vit import VisionTransformer
+from vlm_train.types import ImageSpec, TextSpec, Tokenizer
+
+CONTEXT = 12
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> BytePairTokenizer:
+    return BytePairTokenizer.train(["a red square", "two dogs, one ball"], vocab_size=270, context_length=CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def siglip_tokenizer(clip_tokenizer: BytePairTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = str(tmp_path_factory.mktemp("tokenizer"))
+    clip_tokenizer.save(directory)
+    return HuggingFaceTokenizer(path=directory, context_length=CONTEXT, pad_to_max=True)
+
+
+def make_clip(spec: TextSpec, *, activation: str = "quick_gelu", size: int = 32) -> DualEncoder:
+    torch.manual_seed(0)
+    vision = VisionTransformer(
+        image={"size": size}, patch_size=8, width=64, num_layers=3, num_heads=2, activation=activation
+    )
+    text = TextTransformer(spec=spec, width=48, num_layers=2, num_heads=3, mlp_dim=100, activation=activation)
+    return perturbed(DualEncoder(vision=vision, text=text, embed_dim=24))
+
+
+def make_siglip(spec: TextSpec) -> DualEncoder:
+    torch.manual_seed(1)
+    half = (0.5, 0.5, 0.5)
+    vision = VisionTransformer(
+        image=ImageSpec(size=32, mean=half, std=half, resize="squash"),
+        patch_size=8,
+        width=64,
+        num_layers=3,
+        num_heads=2,
+        mlp_dim=100,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        pool="map",
+        pre_norm=False,
+    )
+    text = TextTransformer(
+        spec=spec,
+        width=48,
+        num_layers=2,
+        num_heads=3,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        pool="last",
+        causal=False,
+    )
+    return perturbed(DualEncoder(vision=vision, text=text, embed_dim=64, image_projection="none", text_bias=True))
+
+
+def perturbed(model: DualEncoder) -> DualEncoder:
+    """Moves every parameter off its start: zero biases and unit norms would hide a tensor that went astray."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def clip(clip_tokenizer: BytePairTokenizer) -> DualEncoder:
+    return make_clip(clip_tokenizer.spec)
+
+
+@pytest.fixture
+def siglip(siglip_tokenizer: Tokenizer) -> DualEncoder:
+    return make_siglip(siglip_tokenizer.spec)
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "exported"

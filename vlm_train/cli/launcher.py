@@ -1,0 +1,66 @@
+"""One process per rank on this machine, by the environment contract of torchrun.
+
+Why not torchrun itself here: its agent hides which exit code a rank ended with, signals every rank a second time on Ctrl-C,
+and leaves ranks behind when it is killed. Ranks started by torchrun or srun elsewhere run the same module
+(`python -m vlm_train.cli.rank RUN_DIR`) and see the same variables.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+SAVE_SECONDS = 120.0  # how long ranks may take to finish after one of them ended
+FAIL_SECONDS = 5.0
+
+
+def launch(arguments: Sequence[str], num_ranks: int) -> int:
+    """Runs `python -m vlm_train.cli.rank ARGUMENTS` on `num_ranks` ranks. Returns the first exit code that is not 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), "GROUP_RANK": "0",
+              "LOCAL_WORLD_SIZE": str(num_ranks), "VLM_TRAIN_PARENT": str(os.getpid())}  # fmt: skip
+    command = [sys.executable, "-m", "vlm_train.cli.rank", *arguments]
+    # an own session: Ctrl-C reaches the ranks once, through us
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True
+        )
+        for r in range(num_ranks)
+    ]
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    first_failure, deadline = 0, float("inf")
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        for process in ranks:
+            if process.returncode and not first_failure:
+                first_failure = process.returncode
+                saved = first_failure in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+                deadline = time.monotonic() + (SAVE_SECONDS if saved else FAIL_SECONDS)
+        time.sleep(0.05)
+    code = first_failure or next((process.returncode for process in ranks if process.returncode), 0)
+    return code if code >= 0 else 1

@@ -1,0 +1,85 @@
+"""`vlm-train <verb> [group=choice] [key=value]`: the table of verbs, and what an exception means for the exit code.
+
+Nothing heavy is imported before a verb is chosen: a bare `vlm-train` and `--help` answer in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+
+from vlm_train import __version__
+from vlm_train.errors import ConfigError, VlmError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One verb: the module whose `main(arguments)` runs it, what it does, and an example to copy."""
+
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "train": Verb("vlm_train.cli.train", "train a model; resumes by itself", "vlm-train train experiment=quickstart"),
+    "evaluate": Verb(
+        "vlm_train.cli.evaluate", "measure a trained run", "vlm-train evaluate run=runs/quickstart/latest"
+    ),
+    "predict": Verb(
+        "vlm_train.cli.predict",
+        "search images by text",
+        'vlm-train predict run=RUN text="a red car" images=DIR out=grid.png',
+    ),
+    "export": Verb("vlm_train.cli.export", "write a transformers model", "vlm-train export run=RUN out=exported"),
+    "data": Verb(
+        "vlm_train.cli.data", "import, make or index a dataset", "vlm-train data import openmoji data/openmoji"
+    ),
+    "configs": Verb("vlm_train.cli.configs", "list, show and search configs", "vlm-train configs search lr"),
+}
+
+
+def usage() -> str:
+    """The table of verbs with an example each."""
+    lines = [f"vlm-train {__version__}: a config says what is learned; the machine says only how fast.", ""]
+    lines += ["usage: vlm-train <verb> [group=choice] [key=value]", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:10} {verb.summary}", f"  {'':10}   {verb.example}"]
+    return "\n".join([*lines, "", "vlm-train <verb> --help tells more."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 1 a failure, 130 Ctrl-C after saving."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        return importlib.import_module(_verb(words[0]).module).main(words[1:])
+    except VlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _verb(name: str) -> Verb:
+    if name not in VERBS:
+        close = nearest(name, VERBS)
+        raise ConfigError(
+            "no such verb", got=name, allowed=", ".join(VERBS), remedy=f"vlm-train {close[0]}" if close else "vlm-train"
+        )
+    return VERBS[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Which run a command means: a new one, or one to go on with.
+
+`run.resume=auto` (default) goes on with the run named by run.id or run.dir; without a name, with the experiment's newest
+run if that is unfinished and its config says the same about what is learned. `never` always starts afresh. A path to a
+run or to one of its checkpoints goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.engine import checkpoints
+from vlm_train.engine.rundir import RunDirectory
+from vlm_train.errors import ConfigError
+from vlm_train.schema import learning_view
+
+
+def choose_run(config: DictConfig) -> tuple[RunDirectory, Path | None]:
+    """(directory, checkpoint named by run.resume if any). Fills run.id and run.dir. Raises ConfigError."""
+    resume = config.run.resume
+    if resume not in ("auto", "never"):
+        return _named_by_path(config, Path(resume))
+    root = Path("runs") / config.run.experiment
+    named = config.run.dir or (str(root / config.run.id) if config.run.id else None)
+    if named is not None:
+        run = RunDirectory(named)
+        if resume == "never" and run.config.is_file():
+            raise ConfigError(f"{run.path} exists already", got="run.resume=never", allowed="a new run.id or run.dir",
+                              remedy="leave run.resume at auto to go on with it")  # fmt: skip
+        _refuse_other_config(config, run)
+    else:
+        latest = RunDirectory(root / "latest")
+        goes_on = resume == "auto" and latest.config.is_file() and not latest.is_finished()
+        if goes_on and not differences(config, latest):
+            run = RunDirectory(latest.path.resolve().relative_to(Path.cwd().resolve()))
+        else:
+            run = RunDirectory(root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
+    config.run.dir, config.run.id = str(run.path), run.path.name
+    return run, None
+
+
+def _named_by_path(config: DictConfig, path: Path) -> tuple[RunDirectory, Path | None]:
+    is_checkpoint = (path / "manifest.json").is_file()
+    run = RunDirectory(path.resolve().parent.parent if is_checkpoint else path)
+    if not run.config.is_file():
+        raise ConfigError("run.resume names neither a run nor a checkpoint", got=path,
+                          allowed="auto, never, runs/<experiment>/<id> or .../checkpoints/step-XXXXXXXX")  # fmt: skip
+    if is_checkpoint:
+        checkpoints.verify(path)
+    _refuse_other_config(config, run)
+    config.run.dir, config.run.id = str(run.path), run.path.name
+    return run, path.resolve() if is_checkpoint else None
+
+
+def differences(config: DictConfig, run: RunDirectory) -> dict[str, tuple[object, object]]:
+    """key -> (saved, now) for every key that says what is learned and has changed."""
+    saved = OmegaConf.load(run.config)
+    assert isinstance(saved, DictConfig)
+    before, now = learning_view(saved), learning_view(config)
+    return {key: (before.get(key), now.get(key)) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
+
+
+def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
+    if not run.config.is_file():
+        return
+    changed = differences(config, run)
+    if changed:
+        listing = "; ".join(f"{key}: {before} -> {now}" for key, (before, now) in list(changed.items())[:8])
+        raise ConfigError(f"{run.path} was trained with another config", got=listing,
+                          allowed="changes of the machine only (devices, micro_batch, num_workers, logger, ...)",
+                          remedy="restore these keys, or give the new run its own run.id")  # fmt: skip
+
+
+def point_latest(run: RunDirectory) -> None:
+    """runs/<experiment>/latest -> this run, by rename. Runs outside runs/ have no pointer."""
+    if run.path.parent.parent.name != "runs":
+        return
+    temporary = run.path.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run.path.name)
+    os.replace(temporary, run.path.parent / "latest")
+
+
+@contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Holds the run for this process. Raises ConfigError if another one holds it."""
+    run.create()
+    with open(run.path / ".lock", "a+") as file:
+        _acquire(file, run)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _acquire(file: IO[str], run: RunDirectory, patience: float = 15.0) -> None:
+    """A just-killed owner's workers get `patience` seconds to vanish."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)
+        if time.monotonic() > deadline:
+            file.seek(0)
+            raise ConfigError(f"{run.path} is being trained by another process", got=f"process {file.read()}",
+                              remedy="wait for it, stop it, or start another run: run.resume=never")  # fmt: skip

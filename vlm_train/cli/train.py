@@ -1,0 +1,118 @@
+"""`vlm-train train`: compose, choose the run, prepare what ranks read, launch, and say what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_train.cli.paths import conf_dir, groups, headline
+from vlm_train.errors import ConfigError
+from vlm_train.log import get_logger
+
+LOG = get_logger(__name__)
+KEYS = """keys (all: vlm-train configs keys)
+  trainer.max_steps trainer.global_batch       how long, how large
+  trainer.devices trainer.micro_batch          on how many ranks, how much at once; never changes the result
+  data.train.shards data.val.shards            a folder, a glob, 'path/{00000..00012}.tar', or a list of these
+  data.selection data.num_workers              which samples count; reader processes a rank
+  optim.lr checkpoint.every_steps              peak learning rate; how often state is saved
+  run.id run.dir run.resume=auto|never|PATH    which run; the same command goes on with an unfinished run
+  --config-dir DIR                             your own configs beside ours"""
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if any(word in ("-h", "--help") for word in words):
+        print(usage())
+        return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "`vlm-train train` starts its own ranks", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment",
+            allowed="one process", remedy="vlm-train train trainer.devices=N strategy=ddp",
+        )  # fmt: skip
+    from vlm_train.cli.compose import compose_config
+    from vlm_train.cli.runs import choose_run, locked
+
+    config = compose_config(words)
+    run, checkpoint = choose_run(config)
+    with locked(run):
+        return _run(config, run, checkpoint, words)
+
+
+def usage() -> str:
+    """Groups with their choices, and the keys people use most; no Hydra, no torch."""
+    lines = ["usage: vlm-train train [group=choice] [key=value]", "", "  vlm-train train experiment=quickstart"]
+    lines += ["  vlm-train train experiment=quickstart objective=sigmoid trainer.devices=2 strategy=ddp", "", "groups"]
+    for group, choices in groups().items():
+        lines.append(f"  {group:11}{', '.join(choices)}")
+    lines += ["", "experiments"]
+    for name in groups().get("experiment", []):
+        lines.append(f"  {name:16}{headline(conf_dir() / 'experiment' / f'{name}.yaml')}")
+    return "\n".join([*lines, "", KEYS])
+
+
+def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from vlm_train import build
+    from vlm_train.cli.launcher import launch
+    from vlm_train.cli.runs import point_latest
+    from vlm_train.engine import checkpoints
+    from vlm_train.engine.rundir import write_atomic
+
+    if run.is_finished() and checkpoint is None:
+        print(f"{run.path} is finished already; run.resume=never trains it again as a new run")
+        return 0
+    checkpoint = checkpoint or checkpoints.newest(run.checkpoints)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    run.rewind(step)
+    write_atomic(run.config, OmegaConf.to_yaml(config))
+    point_latest(run)
+    run.event("resume" if step else "start", {"step": step, "command": words, "ranks": config.trainer.devices})
+    LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
+    build.prepare(config, run, LOG.info)
+    if config.trainer.devices > 1:
+        code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
+    else:
+        build.train(run.path, checkpoint)
+        code = 0
+    if code == 0:
+        print(summary(run))
+    return code
+
+
+def summary(run: Any) -> str:
+    """Where the run lies, what it measured, and what to do next."""
+    lines = ["", f"trained: {run.path}"]
+    for path in sorted(run.evals.glob("*.json")):
+        lines += [f"  {path.stem}", *describe(json.loads(path.read_text()))]
+    if run.report.exists():
+        lines.append(f"  report: {run.report}")
+    lines.append(f'next: vlm-train predict run={run.path} text="..." images=FOLDER out=grid.png')
+    return "\n".join(lines)
+
+
+def describe(result: Mapping[str, Any], indent: str = "    ") -> list[str]:
+    """A result as aligned lines; nested results one level deep."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            inner = "  ".join(
+                f"{name} {_number(number)}" for name, number in value.items() if not isinstance(number, list | dict)
+            )
+            lines.append(f"{indent}{key:16}{inner}")
+        elif not isinstance(value, list):
+            lines.append(f"{indent}{key:16}{_number(value)}")
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

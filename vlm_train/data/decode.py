@@ -1,0 +1,227 @@
+"""Bytes to pixels, caption and metadata: the only place that trusts nothing about a file.
+
+JPEGs go through libjpeg-turbo, which can decode at 1/2, 1/4 or 1/8 of the size for a part of the cost (DCT scaling: the
+inverse transform is done on fewer coefficients); the smallest of these that still covers what the transform needs is
+taken. Everything else, and CMYK JPEGs, goes through Pillow, limited to formats that need no helper program. The result
+is always what a viewer shows: EXIF orientation applied, transparency on white, first frame, 8 bits.
+
+A sample that cannot be used raises `SampleError` whose `reason` is one stable word, so that counts of reasons mean
+something over months. libjpeg warnings are errors here: a JPEG that stops half-way decodes to a half grey picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from vlm_train.errors import DataError
+
+MAX_PIXELS = 1 << 26  # 8,192 x 8,192: above it a small file can ask for gigabytes
+MAX_CAPTION_CHARS = 4096  # several times the longest context of any text tower; the rest could never be seen
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_IMAGE_PART = re.compile(r"^(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
+_ORIENTATION = 0x0112
+
+
+class SampleError(DataError):
+    """One sample that cannot be used. `reason` is a stable word, `detail` says what was seen."""
+
+    @property
+    def reason(self) -> str:
+        """One of no_image, no_caption, image_unknown, image_truncated, image_corrupt, image_too_large, caption_utf8,
+        metadata_json, metadata_captions, sample_too_large, shard_changed."""
+        return self.what
+
+    @property
+    def detail(self) -> str:
+        """What was seen, for a person."""
+        return "" if self.got is None else str(self.got)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image whose header has been read. `width`, `height`: pixels as displayed, after EXIF orientation."""
+
+    width: int
+    height: int
+    orientation: int
+    data: bytes
+    pillow: Image.Image | None  # None: libjpeg-turbo decodes `data`
+
+    def decode(self, *, min_width: int = 0, min_height: int = 0) -> np.ndarray:
+        """Pixels uint8 [H, W, 3] RGB.
+
+        A JPEG may come back at 1/2, 1/4 or 1/8 of its size, never below `min_width` x `min_height`; 0 asks for all.
+
+        Raises:
+            SampleError: image_truncated or image_corrupt.
+        """
+        try:
+            if self.pillow is not None:
+                return _orient(_rgb(self.pillow), self.orientation)
+            factor = next((f for f in (8, 4, 2) if self.width >= f * min_width and self.height >= f * min_height), 1)
+            factor = factor if min_width > 0 and min_height > 0 else 1
+            width, height = -(-self.width // factor), -(-self.height // factor)
+            if self.orientation > 4:
+                width, height = height, width
+            pixels = simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width, min_factor=factor)
+            return _orient(pixels, self.orientation)
+        except Exception as error:  # decoders raise whatever they like on hostile bytes; each is one bad sample
+            truncated = re.search("truncated|premature", str(error), re.IGNORECASE)
+            raise SampleError("image_truncated" if truncated else "image_corrupt", got=error) from None
+
+
+def open_image(data: bytes) -> EncodedImage:
+    """Reads the header of an image and applies the pixel cap; decodes nothing.
+
+    Raises:
+        SampleError: image_unknown or image_too_large.
+    """
+    pillow = None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace in ("CMYK", "YCCK"):
+            raise ValueError("four-colour JPEGs are Pillow's")
+        start = data.find(b"Exif\0\0", 0, 1 << 16)
+        exif = data[start : start + (1 << 16)] if start >= 0 else None
+    except ValueError:
+        pillow = _open_pillow(data)
+        (width, height), exif = pillow.size, pillow.info.get("exif")
+    if width * height > MAX_PIXELS:
+        raise SampleError("image_too_large", got=f"{width} x {height} pixels", allowed=f"{MAX_PIXELS} pixels")
+    orientation = _orientation(exif)
+    width, height = (height, width) if orientation > 4 else (width, height)
+    return EncodedImage(width, height, orientation, data, pillow)
+
+
+def image_parts(parts: Mapping[str, bytes]) -> list[str]:
+    """Names of a sample's image parts in order: `jpg` before `0.jpg` before `1.jpg`. Empty when it has none."""
+    found = [(int(match[1] or -1), name) for name in parts if (match := _IMAGE_PART.match(name))]
+    return [name for _, name in sorted(found)]
+
+
+def first_image(parts: Mapping[str, bytes]) -> bytes:
+    """The bytes of the sample's first image.
+
+    Raises:
+        SampleError: no_image.
+    """
+    names = image_parts(parts)
+    if not names:
+        raise SampleError("no_image", got=f"parts {sorted(parts)}")
+    return parts[names[0]]
+
+
+def decode_metadata(parts: Mapping[str, bytes]) -> dict[str, Any]:
+    """The content of KEY.json, {} when there is none.
+
+    Raises:
+        SampleError: metadata_json when it is not a JSON object in UTF-8.
+    """
+    if "json" not in parts:
+        return {}
+    try:
+        content = json.loads(parts["json"].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SampleError("metadata_json", got=error) from None
+    if not isinstance(content, dict):
+        raise SampleError("metadata_json", got=f"a {type(content).__name__}", allowed="a JSON object")
+    return content
+
+
+def decode_captions(parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[str]:
+    """Every caption of a sample, KEY.txt first, then `captions` and `caption` of KEY.json; no repeats, at least one.
+
+    NUL bytes and outer white space go; a caption is cut at `MAX_CAPTION_CHARS` characters.
+
+    Raises:
+        SampleError: caption_utf8, metadata_captions or no_caption.
+    """
+    listed = metadata.get("captions") or []
+    if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
+        raise SampleError("metadata_captions", got=str(listed)[:80], allowed="a list of strings")
+    single = metadata.get("caption")
+    found = [*listed, single] if isinstance(single, str) else listed
+    try:
+        "".join(found).encode("utf-8")  # JSON can spell half a surrogate pair, which no tokenizer takes
+        found = [parts["txt"].decode("utf-8"), *found] if "txt" in parts else found
+    except UnicodeError as error:
+        raise SampleError("caption_utf8", got=error) from None
+    cleaned = [caption.replace("\0", "").strip()[:MAX_CAPTION_CHARS] for caption in found]
+    captions = list(dict.fromkeys(caption for caption in cleaned if caption))
+    if not captions:
+        raise SampleError("no_caption", got=f"parts {sorted(parts)}")
+    return captions
+
+
+def sample_uid(parts: Mapping[str, bytes]) -> bytes:
+    """16 bytes: the first 128 bits of sha256(all images in order + KEY.txt, or the captions of KEY.json, one a line).
+
+    It names the content, so it survives resharding, and it convicts a shard that changed after it was indexed.
+    """
+    digest = hashlib.sha256()
+    for name in image_parts(parts):
+        digest.update(parts[name])
+    if "txt" in parts:
+        digest.update(parts["txt"])
+    else:
+        digest.update("\n".join(decode_captions(parts, decode_metadata(parts))).encode())
+    return digest.digest()[:16]
+
+
+def caption_hash(caption: str) -> int:
+    """64-bit hash of a caption that ignores case, compatibility forms and runs of white space."""
+    normal = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+    return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "little")
+
+
+def _open_pillow(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SampleError("image_too_large", got=error) from None
+    except Exception as error:
+        raise SampleError("image_unknown", got=error) from None
+
+
+def _orientation(exif: bytes | None) -> int:
+    """EXIF orientation 1..8; 1 where there is none or it cannot be read, as viewers do."""
+    if not exif:
+        return 1
+    try:
+        tags = Image.Exif()
+        tags.load(exif)
+        value = tags.get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as the EXIF orientation says (TIFF 6.0, tag 274)."""
+    if orientation == 1:
+        return pixels
+    pixels = pixels.swapaxes(0, 1) if orientation > 4 else pixels
+    down, right = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}[orientation]
+    return np.ascontiguousarray(pixels[::down, ::right])
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey: the high byte, as libpng's strip-16 does
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))

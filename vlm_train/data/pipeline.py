@@ -1,0 +1,232 @@
+"""The loaders: batches come in step order from any number of workers, and resume on any number of ranks.
+
+An item of the inner torch Dataset is a whole rank batch of one step (`steps.py`), not a sample. torch hands items to
+its workers in turn and returns them in order, so worker k of K makes steps k, k + K, ... and cannot reorder anything.
+
+What was *consumed* is counted where the trainer takes a batch, not where a worker prefetched it. The state is one small
+JSON object without a rank in it: position in the stream, and what defines the stream, refused when that differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.selection import Selection
+from vlm_train.data.steps import EvalSteps, ShardedSource, Steps, StreamSpec, TrainSteps
+from vlm_train.errors import CheckpointError, ConfigError, DataError, VlmError
+from vlm_train.types import Batch
+
+_STATE_VERSION = 1
+_MIN_READ = 1000  # below this many samples a rate of bad ones says little
+_NUM_SHOWN = 5
+_PR_SET_PDEATHSIG = 1
+
+
+class TrainLoader:
+    """The batches of one rank, one a step; resumes anywhere, on any number of ranks and workers.
+
+    Args:
+        source: the samples.
+        selection: which of them count.
+        stream: order, global batch and length of the run.
+        encoder: how records become batches.
+        rank: this process.
+        world_size: number of processes; any, also one that does not divide the global batch.
+        num_workers: worker processes of this rank; 0 loads in the trainer's process.
+        max_error_rate: share of bad samples above which the run stops.
+
+    Raises:
+        ConfigError: more ranks than samples in a global batch.
+        DataError: the selection is not of this source, keeps nothing, or less than `epoch_end: drop` needs. While
+            iterating: more bad samples than `max_error_rate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ShardedSource,
+        selection: Selection,
+        stream: StreamSpec,
+        encoder: SampleEncoder,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        max_error_rate: float,
+    ) -> None:
+        _check_fit(source, selection, stream, world_size)
+        self._steps = TrainSteps(source, selection, stream, encoder, rank, world_size)
+        self._spec, self._num_workers = stream, num_workers
+        self._errors = _ErrorBudget(max_error_rate, self._steps.stream.epoch_length // world_size)
+        self._consumed = 0
+        self._definition = {
+            "version": _STATE_VERSION,
+            "seed": stream.seed,
+            "global_batch": stream.global_batch,
+            "manifest": source.fingerprint,
+            "selection": selection.fingerprint,
+            "order": {"window": stream.shuffle_window, "epoch_end": stream.epoch_end},
+        }
+
+    def __len__(self) -> int:
+        """Steps of the whole run, those already done included."""
+        return self._spec.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the first step that has not been consumed."""
+        first = self._consumed // self._spec.global_batch
+        for batch in _run(_loader(self._steps, range(first, self._spec.num_steps), self._num_workers)):
+            self._errors.add(batch)
+            self._consumed = (batch["step"] + 1) * self._spec.global_batch
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: JSON, under 1 kB, the same on every rank."""
+        epoch = self._consumed // self._steps.stream.epoch_length
+        return {**self._definition, "epoch": epoch, "consumed": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` stands; the next iteration starts there.
+
+        Raises:
+            CheckpointError: the state is of another stream, with the name of the field that differs.
+        """
+        for name, value in self._definition.items():
+            if state.get(name) != value:
+                raise CheckpointError(
+                    f"the data of this run is not the data of the checkpoint: `{name}` differs",
+                    got=f"{value} in this run",
+                    allowed=f"{state.get(name)}, as in the checkpoint",
+                    remedy=f"restore `{name}`, or start a new run from the checkpoint's weights",
+                )
+        consumed = state.get("consumed")
+        if not isinstance(consumed, int) or consumed < 0 or consumed % self._spec.global_batch:
+            raise CheckpointError(
+                "the loader state is damaged: `consumed` is not a whole number of steps",
+                got=consumed,
+                allowed=f"a multiple of the global batch, {self._spec.global_batch}",
+            )
+        self._consumed = consumed
+
+
+class EvalLoader:
+    """Every sample of a source exactly once, in file order, cut into contiguous shares by `types.rank_share`.
+
+    All ranks yield the same number of batches, of the same sizes: rows that are missing have weight 0, and so has a
+    sample that cannot be used (it is reported, and nothing is counted in its place).
+
+    Args:
+        source: the samples.
+        encoder: how records become batches.
+        batch_size: samples of a batch on one rank.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: worker processes of this rank, kept between passes; 0 loads in the caller's process.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ShardedSource,
+        encoder: SampleEncoder,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+    ) -> None:
+        steps = EvalSteps(source, encoder, batch_size, rank, world_size)
+        self._loader = _loader(steps, range(len(steps)), num_workers)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _run(self._loader)
+
+
+class _ErrorBudget:
+    """Counts bad samples of this rank and stops the run when they are too many."""
+
+    def __init__(self, max_rate: float, epoch_share: int) -> None:
+        self.max_rate, self.min_read = max_rate, min(_MIN_READ, max(1, epoch_share))
+        self.num_read, self.num_bad = 0, 0
+        self.first: list[dict[str, Any]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Raises DataError with the first bad samples once their rate is above the limit."""
+        self.num_read += int(batch["weights"].count_nonzero())
+        self.num_bad += len(batch["errors"])
+        self.first += batch["errors"][: _NUM_SHOWN - len(self.first)]
+        if self.num_read >= self.min_read and self.num_bad > self.max_rate * self.num_read:
+            shown = "; ".join(f"{e['shard']} {e['key'] or e['row']}: {e['reason']}" for e in self.first)
+            raise DataError(
+                f"too many bad samples: {self.num_bad} of {self.num_read}; the first: {shown}",
+                got=f"a rate of {self.num_bad / self.num_read:.4f}",
+                allowed=f"at most {self.max_rate}",
+                remedy="look at data_errors.jsonl, run `vlm-train data verify`, or raise `max_error_rate`",
+            )
+
+
+def _check_fit(source: ShardedSource, selection: Selection, stream: StreamSpec, world_size: int) -> None:
+    if selection.num_rows != len(source) or selection.manifest not in (None, source.fingerprint):
+        raise DataError(
+            "the selection was made for other data",
+            got=f"{selection.num_rows} rows of manifest {selection.manifest}",
+            allowed=f"{len(source)} rows of manifest {source.fingerprint}",
+            remedy="make it again with `vlm-train data prune` on these shards",
+        )
+    if stream.global_batch < world_size:
+        raise ConfigError(
+            "the global batch is smaller than the number of ranks",
+            got=f"global batch {stream.global_batch}, {world_size} ranks",
+            allowed=f"a global batch of at least {world_size}",
+            remedy="raise `trainer.global_batch` or use fewer devices",
+        )
+
+
+def _loader(steps: Steps, order: Iterable[int], num_workers: int) -> DataLoader:
+    """Workers are forked: they share the manifest's memory and need nothing sent to them."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_WorkerStart(os.getpid()) if num_workers else None,
+    )
+
+
+def _run(loader: DataLoader) -> Iterator[Batch]:
+    for item in loader:
+        if isinstance(item, VlmError):
+            raise item
+        yield item
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+class _WorkerStart:
+    """First act of a worker: leave signals to the trainer, use one thread, and never outlive the trainer."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:  # it died before the line above
+            os._exit(1)

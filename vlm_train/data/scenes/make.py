@@ -1,0 +1,145 @@
+"""Makes the *scenes* dataset: pictures of coloured shapes with the complete truth about them in KEY.json.
+
+Sample i is a pure function of (seed, i, size, corruption), so a longer dataset begins with the shorter one. A sample is
+in `val` when the hash of "SEED:i" falls below `val_fraction`. Scenes are drawn from one distribution: pictures do not
+repeat across the split, but a short caption ("a red circle") may, so retrieval must count equal captions as right.
+
+KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes}] with the box of the visible pixels
+(x1, y1 exclusive), `relations` [{subject, predicate, object}] by position in `regions`, `counts`, `negations` (true
+statements of absence), `negatives` (false captions) and `contrasts` [{true, false, type}] (the same beside their true
+twin), `qa`, `conversations`, `contexts`, and `corruption` where the sample was damaged on purpose.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_train.data.parallel import map_in_processes
+from vlm_train.data.scenes.claims import Listing, Thing, View
+from vlm_train.data.scenes.corruption import check_corruption, corrupt_image, pick_corruption
+from vlm_train.data.scenes.language import captions_of, contrasts_of, counts_of, negations_of, relations_of
+from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
+from vlm_train.data.scenes.render import box_of, render
+from vlm_train.data.scenes.world import sample_scene
+from vlm_train.data.writer import DatasetWriter, Progress, Summary, hash_fraction, to_json
+from vlm_train.errors import ConfigError
+
+SMALLEST_SIDE = 32
+
+
+def make_scenes(
+    out: Path,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    size: int = 64,
+    val_fraction: float = 0.1,
+    corruption: Mapping[str, float] | None = None,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Writes `OUT/train/*.tar`, `OUT/val/*.tar` and `OUT/dataset.json`.
+
+    Args:
+        out: the dataset directory.
+        num_samples: scenes in all, both splits together.
+        seed: another seed, another dataset.
+        size: side of the pictures in pixels, at least 32.
+        val_fraction: share of the scenes that go to `val`.
+        corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
+        num_workers: processes; None is one for each core.
+        progress: called after each scene.
+
+    Raises:
+        ConfigError: an argument out of its range.
+        DataError: `out` holds something else.
+    """
+    corruption = dict(corruption or {})
+    check_corruption(corruption)
+    if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
+        got = {"num_samples": num_samples, "size": size, "val_fraction": val_fraction}
+        raise ConfigError(
+            "scenes cannot be made", got=got, allowed="num_samples >= 1, size >= 32, 0 <= val_fraction < 1"
+        )
+    parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
+    parameters |= {"val_fraction": val_fraction, "corruption": corruption}
+    with DatasetWriter(Path(out), parameters=parameters) as writer:
+        if writer.finished is not None:
+            return writer.finished
+        make = partial(make_sample, seed=seed, size=size, corruption=corruption)
+        kinds: Counter[str] = Counter()
+        for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
+            split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
+            writer.add(split, f"{index:08d}", parts)
+            kinds.update([kind] if kind else [])
+            if progress is not None:
+                progress(index + 1, num_samples)
+        return writer.finish(facts={"num_corrupted": dict(sorted(kinds.items()))})
+
+
+def make_sample(
+    index: int, *, seed: int, size: int, corruption: Mapping[str, float]
+) -> tuple[str | None, dict[str, bytes]]:
+    """The kind of corruption (or None) and the parts `png`, `txt`, `json` of scene `index`."""
+    image, view, background = _see(f"scene {seed} {index}", size)
+    truth = describe(random.Random(f"text {seed} {index}"), view)
+    rng = random.Random(f"corruption {seed} {index}")
+    kind = pick_corruption(rng, corruption)
+    if kind == "caption_mismatch":
+        truth["corruption"] = {"kind": kind, "true_captions": truth["captions"]}
+        truth["captions"] = _false_captions(rng, view, size)
+    elif kind is not None:
+        image, truth["corruption"] = corrupt_image(rng, image, kind)
+    truth |= {"background": background, "source": "scenes"}
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", compress_level=1)
+    return kind, {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
+
+
+def describe(rng: random.Random, view: View) -> dict[str, Any]:
+    """KEY.json of an undamaged scene."""
+    contrasts = contrasts_of(rng, view)
+    questions = questions_of(rng, view)
+    return {
+        "captions": captions_of(rng, view),
+        "regions": [
+            {
+                "phrase": thing.name,
+                "box": list(thing.box),
+                "class": thing.shape,
+                "attributes": [thing.color, thing.size],
+            }
+            for thing in view
+        ],
+        "relations": [{"subject": row[0], "predicate": row[1], "object": row[2]} for row in relations_of(view)],
+        "counts": counts_of(view),
+        "negations": negations_of(rng, view),
+        "negatives": [row["false"] for row in contrasts],
+        "contrasts": contrasts,
+        "qa": questions,
+        "conversations": conversation_of(rng, questions),
+        "contexts": contexts_of(rng, view),
+    }
+
+
+def _see(key: str, size: int) -> tuple[np.ndarray, View, str]:
+    scene = sample_scene(random.Random(key), size)
+    drawn = render(scene)
+    things = [Thing.of(item, box_of(mask)) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
+    return drawn.image, things, scene.background
+
+
+def _false_captions(rng: random.Random, view: View, size: int) -> list[str]:
+    while True:
+        _, other, _ = _see(f"mismatch {rng.getrandbits(64)}", size)
+        if not Listing(tuple(other)).verdict(view):
+            return captions_of(rng, other)

@@ -1,0 +1,45 @@
+"""Runs the evaluators between two steps, on every rank, on the weights that will be used (the moving average if any)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import lightning
+
+from vlm_train.distributed import collectives
+from vlm_train.engine.evaluation import EvaluationSuite
+from vlm_train.engine.rundir import RunDirectory, append_line, write_atomic
+from vlm_train.types import Batch
+
+
+class Evaluate(lightning.Callback):
+    """Measures every `every_steps` steps (0: never in between) and after the last step.
+
+    Args:
+        run: the run's directory.
+        suite: what is measured on what.
+        every_steps: period.
+        num_steps: the last step.
+    """
+
+    def __init__(self, *, run: RunDirectory, suite: EvaluationSuite, every_steps: int, num_steps: int) -> None:
+        self.run, self.suite, self.every_steps, self.num_steps = run, suite, every_steps, num_steps
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Evaluates if it is time to."""
+        step = batch["step"] + 1
+        if step != self.num_steps and not (self.every_steps and step % self.every_steps == 0):
+            return
+        results = self.suite.run(pl_module.evaluated_model, pl_module.device)
+        if collectives.rank() == 0:
+            record(self.run, step, results)
+
+
+def record(run: RunDirectory, step: int, results: dict[str, dict[str, Any]]) -> None:
+    """evals/NAME.json holds the newest result of each evaluator, evals/history.jsonl all of them by step."""
+    for name, result in results.items():
+        write_atomic(run.evals / f"{name}.json", json.dumps({"step": step, **result}, indent=2) + "\n")
+        append_line(run.history, {"step": step, "name": name, **result})

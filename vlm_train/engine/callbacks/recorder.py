@@ -1,0 +1,142 @@
+"""One row of metrics.jsonl per step, the data errors of that step, and a progress line a person can read.
+
+metrics.jsonl is the truth; W&B is fed from the same row. Only rank 0 writes it. Everything in a row is a function of config
+and step alone, but for the columns named in MACHINE_COLUMNS, which measure the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+import torch
+
+from vlm_train.distributed import collectives
+from vlm_train.engine.flops import peak_flops, training_flops_per_sample
+from vlm_train.engine.rundir import RunDirectory, append_line
+from vlm_train.log import get_logger
+from vlm_train.types import Batch
+
+MACHINE_COLUMNS = ("samples_per_second", "data_wait", "mfu")
+LOG_EVERY_SECONDS = 30.0
+LOG = get_logger(__name__)
+
+Sink = Callable[[Mapping[str, Any]], None]
+
+
+class Recorder(lightning.Callback):
+    """Writes rows, data errors and progress.
+
+    Args:
+        run: the run's directory.
+        global_batch: samples of one step over all ranks.
+        num_steps: length of the run.
+        sinks: called on rank 0 with each row after it is written (W&B).
+    """
+
+    def __init__(self, *, run: RunDirectory, global_batch: int, num_steps: int, sinks: list[Sink]) -> None:
+        self.run, self.global_batch, self.num_steps, self.sinks = run, global_batch, num_steps, sinks
+        self._peak: float | None = None
+        self._step_ended = self._step_started = time.perf_counter()
+        self._progress = Progress(num_steps)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Measures what the machine could do at best, once."""
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        peak = peak_flops(pl_module.device, torch.float64 if trainer.precision == "64-true" else dtype)
+        self._peak = peak * trainer.world_size if peak else None
+        self._step_ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """The batch is here: waiting ends, computing starts."""
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Writes what this step learned and what it cost."""
+        step = batch["step"] + 1
+        self._record_errors(batch, step)
+        if not trainer.is_global_zero:
+            return
+        now = time.perf_counter()
+        seconds = now - self._step_ended
+        rate = self.global_batch / seconds
+        flops = training_flops_per_sample(pl_module.model, batch["text_ids"].shape[1])
+        row = {
+            "step": step,
+            "samples": step * self.global_batch,
+            **outputs["row"],
+            "samples_per_second": round(rate, 3),
+            "data_wait": round((self._step_started - self._step_ended) / seconds, 5),
+            "mfu": round(rate * flops / self._peak, 5) if self._peak else None,
+        }
+        append_line(self.run.metrics, row)
+        for sink in self.sinks:
+            sink(row)
+        self._progress.show(row)
+
+    def mark_step_end(self) -> None:
+        """Starts the clock of the next step."""
+        self._step_ended = time.perf_counter()
+
+    def _record_errors(self, batch: Batch, step: int) -> None:
+        for errors in collectives.gather_objects(batch.get("errors", [])) if self._any_error(batch) else []:
+            for error in errors if collectives.rank() == 0 else []:
+                append_line(self.run.data_errors, {"step": step, **error})
+
+    @staticmethod
+    def _any_error(batch: Batch) -> bool:
+        count = torch.tensor([len(batch.get("errors", []))])
+        return bool(collectives.all_reduce_sum(count.to(batch["weights"].device)).item())
+
+
+class StepEnd(lightning.Callback):
+    """Stands last among the callbacks, so that evaluation and checkpoints are not booked as waiting for data."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Everything that this step asked for is done."""
+        self.recorder.mark_step_end()
+
+
+class Progress:
+    """One line that is rewritten on a terminal; one line each 30 seconds in a log."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.is_terminal = sys.stderr.isatty()
+        self._last_line = 0.0
+        self._rates: list[float] = []
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Shows a metrics row if it is time to."""
+        self._rates = [*self._rates[-19:], row["samples_per_second"]]
+        now = time.monotonic()
+        is_last = row["step"] == self.num_steps
+        if now - self._last_line < (0.2 if self.is_terminal else LOG_EVERY_SECONDS) and not is_last:
+            return
+        self._last_line = now
+        line = self._line(row)
+        if self.is_terminal:
+            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if is_last else ""))
+            sys.stderr.flush()
+        else:
+            LOG.info(line)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        rate = sum(self._rates) / len(self._rates)
+        samples_a_step = row["samples"] / row["step"]
+        minutes = (self.num_steps - row["step"]) * samples_a_step / rate / 60
+        utilisation = f" mfu {row['mfu']:.0%}" if row["mfu"] else ""
+        return (
+            f"step {row['step']}/{self.num_steps} loss {row['loss']:.4f} lr {row['lr']:.2e} grad {row['grad_norm']:.2f}"
+            f" {rate:.0f} samples/s wait {row['data_wait']:.0%}{utilisation} eta {minutes:.1f} min"
+        )

@@ -1,0 +1,46 @@
+"""The evaluators of a run bound to its validation data; used between training steps and by `vlm-train evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_train.evaluation.base import Embedder
+from vlm_train.types import Batch, Evaluator, Tokenizer
+
+
+class EvaluationSuite:
+    """Named evaluators over one loader.
+
+    Args:
+        evaluators: name -> evaluator.
+        loader: yields this rank's validation batches; iterated once per evaluator.
+        tokenizer: for evaluators that bring their own texts (prompts).
+        autocast: the dtype of the towers' matrix products; None computes in the parameters' own.
+    """
+
+    def __init__(
+        self,
+        *,
+        evaluators: Mapping[str, Evaluator],
+        loader: Iterable[Batch],
+        tokenizer: Tokenizer,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.evaluators, self.loader = dict(evaluators), loader
+        self.tokenizer, self.autocast = tokenizer, autocast
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, device: torch.device) -> dict[str, dict[str, Any]]:
+        """name -> result, the same on every rank. The model's training mode is left as it was found."""
+        was_training = model.training
+        model.eval()
+        embedder = Embedder(model=model, tokenizer=self.tokenizer, device=device, autocast=self.autocast)
+        results = {
+            name: dict(evaluator.run(embedder, iter(self.loader))) for name, evaluator in self.evaluators.items()
+        }
+        model.train(was_training)
+        return results

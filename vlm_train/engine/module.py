@@ -1,0 +1,129 @@
+"""THE LightningModule: one `training_step` is one optimizer step, whatever the objective, the model and the machine.
+
+Order within a step: learning rate from the schedule, gradients of the whole global batch (steps.py), clip, optimizer,
+the objective's own clamp, moving average. The module knows no task: it calls a model and an objective by protocol.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from vlm_train.engine.optim import AdamW
+from vlm_train.engine.schedule import Schedule
+from vlm_train.engine.steps import GradientStep, StepPlan
+from vlm_train.objectives.base import Objective
+from vlm_train.types import Batch
+
+
+class TrainingModule(lightning.LightningModule):
+    """Model + objective + how they learn.
+
+    Args:
+        model: a `types.Model`.
+        objective: what trains it.
+        optim: groups, clipping and averaging.
+        schedule: step -> factor of the peak learning rate.
+        plan: how the global batch is cut.
+        compile_blocks: torch.compile every module of the model's block lists, in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        objective: Objective,
+        optim: AdamW,
+        schedule: Schedule,
+        plan: StepPlan,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.objective = model, objective
+        self.optim, self.schedule = optim, schedule
+        optim.apply_frozen(self)
+        # a child module, so that checkpoints, devices and (later) sharding treat it like the weights it averages
+        self.averaged_model = copy.deepcopy(model).requires_grad_(False) if optim.ema_decay else None
+        self.gradient_step = GradientStep(model=model, objective=objective, plan=plan)  # type: ignore[arg-type]
+        if compile_blocks:
+            _compile_blocks(model)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that evaluation and export use: the moving average where there is one."""
+        return self.averaged_model if self.averaged_model is not None else self.model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer; the schedule is applied by the step itself."""
+        return self.optim.build(_LearningView(self))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step. Returns `row`, python numbers: loss, lr, grad_norm and the objective's metrics."""
+        step = batch["step"]
+        optimizer = self.optimizers()
+        factor = self.schedule(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        optimizer.zero_grad()
+        loss, metrics = self.gradient_step.run(batch, step, self._backward)
+        grad_norm = self._clip(optimizer)
+        optimizer.step()
+        self.objective.after_step()
+        self._average()
+        row = {
+            "loss": loss,
+            "lr": max(group["lr"] for group in optimizer.param_groups),
+            "grad_norm": grad_norm,
+            **metrics,
+        }
+        return {"row": {name: float(value) for name, value in row.items()}}  # a tensor named loss would be Lightning's
+
+    def _backward(self, scalar: Tensor, is_last: bool) -> None:
+        wrapper = self.trainer.strategy.model
+        if is_last or not hasattr(wrapper, "no_sync"):
+            self.manual_backward(scalar)
+        else:
+            with wrapper.no_sync():
+                self.manual_backward(scalar)
+
+    def _clip(self, optimizer: Any) -> Tensor:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.optim.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.grad_clip, norm)
+        return norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """averaged += (1 - decay) * (weights - averaged), after the clamp, so the average is of weights that were used."""
+        if self.averaged_model is None or self.optim.ema_decay is None:
+            return
+        averages, weights = list(self.averaged_model.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - self.optim.ema_decay)
+        for average, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)
+
+
+class _LearningView(nn.Module):
+    """The module without its moving average: what the optimizer's patterns are matched against."""
+
+    def __init__(self, module: TrainingModule) -> None:
+        super().__init__()
+        self.model, self.objective = module.model, module.objective
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Block by block and in place, so that parameter names stay clean and one graph serves all equal blocks."""
+    compile_module: Callable[[nn.Module], None] = lambda module: module.compile()  # noqa: E731
+    for module in model.modules():
+        for block in getattr(module, "blocks", []) or []:
+            compile_module(block)

@@ -1,0 +1,108 @@
+"""Which parameter learns how fast: one ordered list decides, and nothing escapes it.
+
+1. Every parameter takes the first group whose pattern matches its whole name.
+2. A pattern that matches nothing, or a parameter that nothing matches, is an error: both are always a mistake.
+3. Parameters of at most one dimension (biases, norms, temperatures) are never decayed (contrastive recipes since CLIP).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_train.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterRule:
+    """One entry of `optim.groups`."""
+
+    pattern: str
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    frozen: bool = False
+
+
+def match_rules(names: Iterable[str], rules: Sequence[ParameterRule]) -> dict[str, ParameterRule]:
+    """name -> the first rule that matches it. Raises ConfigError for an idle rule or an unmatched name."""
+    names = list(names)
+    compiled = [re.compile(rule.pattern) for rule in rules]
+    chosen: dict[str, ParameterRule] = {}
+    for name in names:
+        for rule, pattern in zip(rules, compiled, strict=True):
+            if pattern.fullmatch(name):
+                chosen[name] = rule
+                break
+        else:
+            raise ConfigError(
+                f"no entry of optim.groups matches the parameter {name}",
+                got=[rule.pattern for rule in rules],
+                allowed="patterns that together match every parameter's whole name",
+                remedy='end the list with {pattern: ".*", lr: "${optim.lr}", weight_decay: "${optim.weight_decay}"}',
+            )
+    for rule, pattern in zip(rules, compiled, strict=True):
+        if not any(pattern.fullmatch(name) for name in names):
+            close = nearest(rule.pattern, names)
+            raise ConfigError(
+                "an entry of optim.groups matches no parameter",
+                got=rule.pattern,
+                allowed=f"a pattern for whole names such as {', '.join(close or names[:3])}",
+            )
+    return chosen
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter) over the groups of one ordered list.
+
+    Args:
+        lr: peak learning rate that the default group refers to.
+        betas, eps, weight_decay: as in the paper.
+        grad_clip: largest norm of the whole gradient; None leaves it alone.
+        ema_decay: decay per step of an exponential moving average of the weights, used for evaluation; None keeps none.
+        groups: dicts of ParameterRule.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.2,
+        grad_clip: float | None = None,
+        ema_decay: float | None = None,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        if lr <= 0:
+            raise ConfigError("optim.lr must be positive", got=lr, allowed="> 0")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ConfigError("optim.ema_decay is no decay", got=ema_decay, allowed="0 < decay < 1, or null")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, (float(betas[0]), float(betas[1])), eps, weight_decay
+        self.grad_clip, self.ema_decay = grad_clip, ema_decay
+        self.rules = [ParameterRule(**group) for group in groups]
+
+    def apply_frozen(self, module: nn.Module) -> None:
+        """Sets requires_grad from the rules; before any wrapper looks at it."""
+        named = dict(module.named_parameters())
+        for name, rule in match_rules(named, self.rules).items():
+            named[name].requires_grad_(not rule.frozen)
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over the parameters that learn; each group keeps its peak as `base_lr`."""
+        named = dict(module.named_parameters())
+        chosen = match_rules(named, self.rules)
+        buckets: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, rule in chosen.items():
+            if not rule.frozen:
+                decay = rule.weight_decay if named[name].ndim > 1 else 0.0
+                buckets.setdefault((rule.lr, decay), []).append(named[name])
+        groups = [
+            {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
+            for (lr, decay), parameters in buckets.items()
+        ]
+        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)

@@ -1,0 +1,102 @@
+"""A run directory: what lies where, and how its files stay truthful when a run is killed at any instant.
+
+metrics.jsonl, events.jsonl, data_errors.jsonl and evals/history.jsonl are append-only lines of JSON, one write per line. On
+resume from step s, lines of the first, third and fourth that belong to later steps (and a torn last line) are removed
+before training goes on, so a file never tells a step twice. Everything else is written beside its name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_train.errors import CheckpointError, VlmError
+
+
+class RunDirectory:
+    """Paths and append-only records of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.data_errors = self.path / "data_errors.jsonl"
+        self.evals = self.path / "evals"
+        self.history = self.evals / "history.jsonl"
+        self.media = self.path / "media"
+        self.report = self.path / "report.html"
+
+    def create(self) -> None:
+        """Makes the folders; an existing run keeps its files."""
+        for folder in (self.path, self.checkpoints, self.evals, self.media):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def event(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Appends one line to events.jsonl: what happened, when, and `fields`."""
+        append_line(self.events, {"event": name, "time": round(time.time(), 3), **fields})
+
+    def rewind(self, step: int) -> None:
+        """Removes every record of a step beyond `step`."""
+        for path in (self.metrics, self.data_errors, self.history):
+            if path.exists():
+                kept = [row for row in read_lines(path) if row["step"] <= step]
+                write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def is_finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return any(row["event"] == "finished" for row in read_lines(self.events))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines; a torn last line (the process was killed while writing) is not a row."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{path} line {number} is not JSON: {error}",
+                remedy="restore the file, or start a new run: run.resume=never",
+            ) from error
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """One line, one write. A full disk is told as such. Raises VlmError."""
+    data = (json.dumps(row) + "\n").encode()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        if written != len(data):
+            raise OSError(28, "No space left on device")
+    except OSError as error:
+        raise VlmError(
+            f"cannot append to {path}: {error.strerror}", remedy="free space, then run the same command: it resumes"
+        ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside `path`, flushes to disk and renames: readers see the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise VlmError(
+            f"cannot write {path}: {error.strerror}", remedy="free space or choose another run.dir"
+        ) from error

@@ -1,0 +1,109 @@
+"""How evaluators see a model: through interfaces named after what they ask of it.
+
+`Embed` (images and texts to unit vectors) is the interface of retrieval and of zero-shot classification; `Embedder`
+is its one implementation, for any model with `encode_image` and `encode_text`.
+
+Sharded models communicate inside forward, so every rank must call the model equally often even when ranks hold unequal
+numbers of texts. `Embedder.texts` therefore agrees on the number of forwards first; `images` is called once per batch,
+and the evaluation loader gives every rank the same number of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_train.distributed import collectives
+from vlm_train.errors import ConfigError
+from vlm_train.types import Batch, Tokenizer
+
+_TEXTS_PER_FORWARD = 256
+
+
+class Embed(Protocol):
+    """Images and texts to unit vectors of one space. Both methods are collective."""
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> fp32 [B, D], L2-normalised."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """N strings -> fp32 [N, D], L2-normalised. N may differ between ranks and may be 0."""
+
+
+class Embedder:
+    """Embeds with a model, in evaluation mode and without graph; the model's mode is restored after each call.
+
+    Args:
+        model: has `encode_image(images)` and `encode_text(ids, mask)`, as `DualEncoder`; the module itself, not a
+            data-parallel wrapper of it.
+        tokenizer: the one the model was trained with.
+        device: where the model lies.
+        autocast: dtype of the forward (`torch.bfloat16`), or None for the model's own.
+
+    Raises:
+        ConfigError: when the model cannot embed.
+    """
+
+    def __init__(
+        self, *, model: Any, tokenizer: Tokenizer, device: torch.device, autocast: torch.dtype | None = None
+    ) -> None:
+        missing = [name for name in ("encode_image", "encode_text") if not hasattr(model, name)]
+        if missing:
+            raise ConfigError(
+                f"{type(model).__name__} cannot embed: it has no {' and no '.join(missing)}",
+                got=", ".join(getattr(model, "forward_methods", ())) or "no forward methods",
+                allowed="a model with encode_image and encode_text, such as dual_encoder",
+                remedy="leave out the evaluators that embed (retrieval, zero_shot), or change the model",
+            )
+        self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
+
+    def images(self, images: Tensor) -> Tensor:
+        """See `Embed.images`."""
+        with self._inference():
+            return _unit(self.model.encode_image(images.to(self.device, non_blocking=True)))
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """See `Embed.texts`."""
+        mine = torch.tensor(-(-len(texts) // _TEXTS_PER_FORWARD), device=self.device)
+        num_forwards = max(1, int(collectives.all_reduce_max(mine)))
+        chunks = [texts[index * _TEXTS_PER_FORWARD :][:_TEXTS_PER_FORWARD] for index in range(num_forwards)]
+        with self._inference():
+            return torch.cat([self._encode_texts(chunk) for chunk in chunks])
+
+    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        ids, mask = self.tokenizer(list(texts) or [""])  # a rank without texts still takes part in the forward
+        if not self.tokenizer.spec.pad_to_max:
+            longest = max(1, int(mask.sum(1).max()))
+            ids, mask = ids[:, :longest], mask[:, :longest]
+        return _unit(self.model.encode_text(ids.to(self.device), mask.to(self.device)))[: len(texts)]
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        model: nn.Module = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            model.train(was_training)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.float32), dim=1)
+
+
+def counted(batch: Batch) -> Tensor:
+    """Which rows are samples rather than padding: bool [B] on the host."""
+    weights = batch.get("weights")
+    return torch.ones(len(batch["images"]), dtype=torch.bool) if weights is None else weights.cpu() != 0
+
+
+def percent(credit: Tensor) -> float:
+    """Mean credit in percent."""
+    return 100.0 * float(credit.mean())

@@ -1,0 +1,144 @@
+"""Two towers into one space: the model of CLIP and SigLIP.
+
+1. Pixels: uint8 images are normalised on their device; floats are taken as already normalised.
+2. Each tower makes one vector per item; a linear projection brings it to `embed_dim`.
+3. Both are L2-normalised in fp32 (fp64 under fp64 parameters), whatever the precision before: the logits of a
+   contrastive loss are differences of nearly equal cosines times up to 100.
+
+Temperature and bias belong to the loss and live in the objective.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_train.errors import ConfigError
+from vlm_train.models.layers import Linear, linear_flops
+from vlm_train.models.vision.image import Normalize
+from vlm_train.types import Batch, ImageSpec, Outputs, TextSpec
+
+
+class VisionTower(Protocol):
+    """What a vision tower must offer: normalised pixels [B, 3, S, S] -> [B, out_dim]."""
+
+    image_spec: ImageSpec
+    out_dim: int
+
+    def __call__(self, pixels_B3SS: Tensor) -> Tensor:
+        """One vector per image, not L2-normalised."""
+
+    def forward_flops(self) -> float:
+        """Forward FLOPs of one image."""
+
+
+class TextTower(Protocol):
+    """What a text tower must offer: ids and mask [B, T] -> [B, out_dim]."""
+
+    text_spec: TextSpec
+    out_dim: int
+
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """One vector per text, not L2-normalised."""
+
+    def forward_flops(self, num_tokens: float) -> float:
+        """Forward FLOPs of one text of `num_tokens` tokens."""
+
+
+class DualEncoder(nn.Module):
+    """Image and text towers with projections to a common space.
+
+    Args:
+        vision: image tower.
+        text: text tower.
+        embed_dim: E, the width of the common space.
+        image_projection: `linear` (CLIP: no bias) or `none` (SigLIP: the tower's width must be `embed_dim`).
+        text_bias: whether the text projection has a bias (SigLIP) or not (CLIP).
+
+    Raises:
+        ConfigError: `image_projection: none` with a tower of another width.
+    """
+
+    outputs = frozenset({"image_features", "text_features"})
+    forward_methods = ("encode_image", "encode_text")
+
+    def __init__(
+        self,
+        *,
+        vision: VisionTower,
+        text: TextTower,
+        embed_dim: int,
+        image_projection: Literal["linear", "none"] = "linear",
+        text_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if image_projection not in ("linear", "none") or (image_projection == "none" and vision.out_dim != embed_dim):
+            raise ConfigError(
+                "the image projection does not fit the vision tower",
+                got=f"image_projection={image_projection}, vision width {vision.out_dim}, embed_dim={embed_dim}",
+                allowed="linear; or none when the tower's width equals embed_dim",
+                remedy=f"set model.image_projection=linear or model.embed_dim={vision.out_dim}",
+            )
+        self.embed_dim = embed_dim
+        self.image_spec, self.text_spec = vision.image_spec, text.text_spec
+        self.normalize = Normalize(self.image_spec)
+        self.vision, self.text = vision, text
+        self.image_projection = (
+            Linear(vision.out_dim, embed_dim, bias=False, std=vision.out_dim**-0.5)
+            if image_projection == "linear"
+            else None
+        )
+        self.text_projection = Linear(text.out_dim, embed_dim, bias=text_bias, std=text.out_dim**-0.5)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Reads `images`, `text_ids`, `text_mask`; returns `image_features` and `text_features`, both [B, E]."""
+        return {
+            "image_features": self.encode_image(batch["images"]),
+            "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
+        }
+
+    def encode_image(self, images_B3SS: Tensor) -> Tensor:
+        """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E].
+
+        Raises:
+            ConfigError: images that are not 3 x S x S with the tower's S.
+        """
+        size = self.image_spec.size
+        if images_B3SS.shape[1:] != (3, size, size):
+            raise ConfigError(
+                "a batch of images does not have the shape that the vision tower reads",
+                got=tuple(images_B3SS.shape),
+                allowed=("B", 3, size, size),
+                remedy="build the data with the model's own image_spec",
+            )
+        pixels = self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
+        features = self.vision(pixels)
+        if self.image_projection is not None:
+            features = self.image_projection(features)
+        return unit_length(features)
+
+    def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """ids [B, T] int64 and mask [B, T] bool -> unit vectors [B, E]."""
+        return unit_length(self.text_projection(self.text(ids_BT, mask_BT)))
+
+    def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
+        """Forward FLOPs of one sample by part (`vision`, `text`), 2 per multiply-add, as executed.
+
+        Work that the towers skip in their last block (see `layers`) is not counted, so MFU is not flattered.
+        """
+        vision = self.vision.forward_flops()
+        if self.image_projection is not None:
+            vision += linear_flops(self.image_projection, 1)
+        return {
+            "vision": vision,
+            "text": self.text.forward_flops(num_text_tokens) + linear_flops(self.text_projection, 1),
+        }
+
+
+def unit_length(features_BE: Tensor) -> Tensor:
+    """Rows scaled to length 1, computed and returned in fp32, or in fp64 when given fp64."""
+    wide = features_BE if features_BE.dtype == torch.float64 else features_BE.float()
+    return F.normalize(wide, dim=-1)

@@ -1,0 +1,140 @@
+"""Vision transformer, general enough to hold the image towers of CLIP, open_clip and SigLIP exactly.
+
+1. Cut the image into patches and project each (one convolution whose stride is its kernel).
+2. Put a class token in front where the pooling reads one; add learned positions; normalise first where CLIP does.
+3. Run the blocks; a class-token tower computes only that token in the last one (see `layers`).
+4. Normalise and pool: `cls` the class token, `mean` the average patch, `map` a learned query.
+
+Sources: Dosovitskiy et al. 2021; Radford et al. 2021 (cls, pre_norm); Zhai et al. 2023 (map).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.errors import ConfigError
+from vlm_train.models.layers import Activation, AttentionPool, blocks_flops, make_blocks, run_blocks
+from vlm_train.models.vision.image import as_image_spec
+from vlm_train.types import ImageSpec
+
+
+class PatchEmbedding(nn.Conv2d):
+    """Non-overlapping patches through one linear map: [B, 3, S, S] -> [B, P, D]."""
+
+    def __init__(self, *, patch_size: int, width: int, bias: bool) -> None:
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Weight normal(0, 1/sqrt(values in a patch)), bias 0."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The cast is for sharded low precision, which casts parameters but not the pixels made inside the model."""
+        return super().forward(input.to(self.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Image tower: normalised pixels [B, 3, S, S] -> one vector per image [B, D].
+
+    Args:
+        image: an ImageSpec or its keys: `size` (a multiple of `patch_size`), `mean`, `std`, `resize`.
+        patch_size: side of a patch in pixels.
+        width: D, also `out_dim`.
+        num_layers: number of blocks.
+        num_heads: attention heads per block, a divisor of `width`.
+        mlp_dim: hidden width of the MLPs; 4 * width unless given.
+        activation: `gelu`, `gelu_tanh` or `quick_gelu`; it must be the one the weights were trained with.
+        norm_eps: epsilon of the layer norms (CLIP 1e-5, SigLIP 1e-6).
+        pool: `cls`, `mean` or `map`.
+        pre_norm: CLIP's layer norm before the first block. The patch projection then has no bias, which the norm's
+            own bias would repeat.
+
+    Raises:
+        ConfigError: sizes that do not divide, an unknown pool or activation.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: ImageSpec | Mapping[str, Any],
+        patch_size: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int | None = None,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
+        pool: Literal["cls", "mean", "map"] = "cls",
+        pre_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_spec = as_image_spec(image)
+        self.patch_size, self.out_dim, self.pool = patch_size, width, pool
+        self.num_patches = self._count_patches()
+        mlp_dim = 4 * width if mlp_dim is None else mlp_dim
+        self.patch_embed = PatchEmbedding(patch_size=patch_size, width=width, bias=not pre_norm)
+        self.class_token = nn.Parameter(torch.empty(width)) if pool == "cls" else None
+        self.position = nn.Parameter(torch.empty(self.num_patches + (pool == "cls"), width))
+        self.pre_norm = nn.LayerNorm(width, eps=norm_eps) if pre_norm else None
+        self.blocks = make_blocks(
+            num_layers, width=width, num_heads=num_heads, mlp_dim=mlp_dim, activation=activation, norm_eps=norm_eps
+        )
+        self.post_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.attention_pool = (
+            AttentionPool(width=width, num_heads=num_heads, mlp_dim=mlp_dim, activation=activation, norm_eps=norm_eps)
+            if pool == "map"
+            else None
+        )
+        self.reset_parameters()
+
+    def _count_patches(self) -> int:
+        if self.pool not in ("cls", "mean", "map"):
+            raise ConfigError(
+                "unknown pooling of a vision transformer",
+                got=self.pool,
+                allowed=["cls", "mean", "map"],
+                remedy="set model.vision.pool=cls",
+            )
+        if self.image_spec.size % self.patch_size:
+            raise ConfigError(
+                "the image side must be a multiple of the patch side",
+                got=f"image.size={self.image_spec.size}, patch_size={self.patch_size}",
+                remedy=f"set image.size={self.image_spec.size // self.patch_size * self.patch_size}",
+            )
+        return (self.image_spec.size // self.patch_size) ** 2
+
+    def reset_parameters(self) -> None:
+        """Class token and positions start normal(0, 1/sqrt(D))."""
+        std = self.out_dim**-0.5
+        nn.init.normal_(self.position, std=std)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=std)
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        """[B, 3, S, S] normalised -> [B, D], not L2-normalised."""
+        num_images = pixels_B3SS.shape[0]
+        x_BPD = self.patch_embed(pixels_B3SS)
+        read_B = None
+        if self.class_token is not None:
+            x_BPD = torch.cat([self.class_token.to(x_BPD.dtype).expand(num_images, 1, -1), x_BPD], dim=1)
+            read_B = torch.zeros(num_images, dtype=torch.int64, device=x_BPD.device)
+        x_BPD = x_BPD + self.position.to(x_BPD.dtype)
+        if self.pre_norm is not None:
+            x_BPD = self.pre_norm(x_BPD)
+        x_BPD = self.post_norm(run_blocks(self.blocks, x_BPD, read_B=read_B))
+        if self.attention_pool is not None:
+            return self.attention_pool(x_BPD)
+        return x_BPD.mean(dim=1)  # under `cls` one token is left, and its mean is itself
+
+    def forward_flops(self) -> float:
+        """Forward FLOPs of one image, as executed (the last block of a `cls` tower runs one query)."""
+        num_tokens = self.position.shape[0]
+        flops = 2.0 * self.patch_embed.weight.numel() * self.num_patches
+        flops += blocks_flops(self.blocks, num_tokens, reads_one=self.pool == "cls")
+        return flops + (self.attention_pool.forward_flops(num_tokens) if self.attention_pool is not None else 0.0)

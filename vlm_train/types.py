@@ -1,0 +1,167 @@
+"""Words that every floor uses: what flows along the road, and the protocols by which the floors see each other.
+
+Shape letters, used in docstrings and as suffixes of tensor names (`image_BPD`) in `models/` and `objectives/`:
+    B batch   W world (ranks)   K micro-batches   T text tokens   P image patches   D width
+    H heads   V vocabulary      N boxes or regions   S image side in pixels   G global batch
+
+Words: a *source* is a dataset on disk; its *manifest* is the table of its samples; a *selection* says which samples
+count; a *sample* exists before collate, a *batch* after; a *micro-batch* is what one rank runs forward at once; a
+*step* is one optimizer step over the *global batch*; an *objective* trains, a *metric* measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """What an image tower wants to be fed. `size` in pixels (square); `mean` and `std` apply to RGB in 0..1.
+
+    `resize`: how evaluation brings an image to `size`: `shortest` (bicubic on the short side, then centre crop: CLIP)
+    or `squash` (bicubic to the square: SigLIP).
+    """
+
+    size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    resize: Literal["shortest", "squash"] = "shortest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """What a tokenizer produces and a text tower is built for.
+
+    `pad_to_max` is False where trailing padding cannot change the result (causal or masked attention), so a batch may
+    be trimmed to its longest text; True where the tower reads a fixed position (SigLIP).
+    """
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+    pad_to_max: bool = False
+
+
+@dataclass(slots=True)
+class RawSample:
+    """One record as it lies in a source: undecoded bytes by part name (`jpg`, `txt`, `json`, `0.jpg`, ...)."""
+
+    uid: bytes  # 16 bytes: the first 128 bits of sha256(image bytes + caption bytes)
+    key: str
+    shard: str
+    parts: dict[str, bytes]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One decoded, transformed sample. `image` uint8 [S, S, 3] RGB; `metadata` is the content of KEY.json."""
+
+    uid: bytes
+    key: str
+    image: np.ndarray
+    caption: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Batch(TypedDict, total=False):
+    """What the loader hands to one rank for one step. Absent fields are absent keys, never None."""
+
+    images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device
+    text_ids: Tensor  # [B, T] int64
+    text_mask: Tensor  # [B, T] bool, True on real tokens
+    weights: Tensor  # [B] float32; 0 marks a padding row that must not count
+    uids: Tensor  # [B, 2] int64, the 128 bits of the uid
+    labels: Tensor  # [B] int64, -1 where the sample has none
+    captions: list[str]  # the caption that text_ids encodes
+    all_captions: list[list[str]]  # every caption of the sample (evaluation only)
+    keys: list[str]
+    metadata: list[dict[str, Any]]  # KEY.json of each sample (evaluation only)
+    step: int  # global step this batch belongs to (0-based)
+    errors: list[dict[str, Any]]  # samples that could not be read: {shard, key, row, reason}
+
+
+Outputs = dict[str, "Tensor"]
+"""What a model returns; the keys are declared by `Model.outputs`."""
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """A sum and a count, never a mean: the engine divides by the count over the whole global batch.
+
+    `sum`: scalar, fp32 (or fp64), with graph. `count`: scalar, terms in the sum on this rank. `metrics`: name ->
+    (sum, count), detached scalars that the engine adds up over ranks and micro-batches before dividing.
+    """
+
+    sum: Tensor
+    count: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids. One face for our byte-pair tokenizer and any Hugging Face tokenizer."""
+
+    spec: TextSpec
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids [B, T] int64 and mask [B, T] bool; T = context_length (the collate trims)."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, directory: str) -> None:
+        """Writes files that `load_tokenizer(directory)` and `transformers.AutoTokenizer` read."""
+
+
+class Source(Protocol):
+    """A dataset on disk with random access. Row numbers are manifest rows."""
+
+    fingerprint: str  # sha256 over the manifest parts, hex: what a loader state is checked against
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> RawSample:
+        """Raises errors.DataError (or OSError) when the bytes cannot be had."""
+
+
+class Model(Protocol):
+    """A network with declared outputs and, beside `forward`, named methods that strategies must know of."""
+
+    outputs: frozenset[str]
+    forward_methods: tuple[str, ...]  # e.g. ("encode_image", "encode_text")
+    image_spec: ImageSpec
+    text_spec: TextSpec
+
+    def __call__(self, batch: Batch) -> Outputs: ...
+
+    def forward_flops(self, num_text_tokens: int) -> dict[str, float]:
+        """Forward FLOPs of one sample by part (`vision`, `text`): 2 per multiply-add, no recompute, no padding."""
+
+
+class Evaluator(Protocol):
+    """Measures a model. `run` is called on every rank with this rank's batches and returns the same dict on each."""
+
+    name: str
+
+    def run(self, embedder: Any, batches: Iterator[Batch]) -> Mapping[str, Any]: ...
+
+
+def rank_share(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The slice [start, stop) of `total` items that belongs to `rank`; contiguous, sizes differ by at most one.
+
+    The same rule cuts the global batch into rank batches and an evaluation set into shares, so that any world size
+    works and rank order equals item order.
+    """
+    quotient, remainder = divmod(total, world_size)
+    start = rank * quotient + min(rank, remainder)
+    return start, start + quotient + (1 if rank < remainder else 0)
