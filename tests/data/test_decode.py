@@ -45,8 +45,9 @@ def test_a_jpeg_shrinks_while_decoding_but_never_below_what_is_needed():
         assert min(height, width) >= wanted
     assert image.decode(min_width=50, min_height=40).shape == (41, 50, 3)
     assert image.decode(min_width=51, min_height=40).shape == (81, 100, 3)
+    image = open_image(encoded(pixels(0, 200, 160), quality=90))
     mean = image.decode().mean((0, 1)) - image.decode(min_width=25, min_height=20).mean((0, 1))
-    assert np.abs(mean).max() < 2  # measured 0.4: the same picture
+    assert np.abs(mean).max() < 1  # measured 0.3: the same picture
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

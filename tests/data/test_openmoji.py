@@ -124,7 +124,9 @@ def test_another_run_gives_the_same_bytes_and_another_size_does_not(dataset, tmp
     out, _, _, _ = dataset
     import_openmoji(tmp_path / "again", num_workers=1)
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == sorted(str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert names == sorted(
+        str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file()
+    )
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
     assert import_openmoji(out).already_there
     with pytest.raises(DataError, match="other parameters"):
@@ -135,7 +137,11 @@ def test_another_run_gives_the_same_bytes_and_another_size_does_not(dataset, tmp
     ("name", "caption", "base"),
     [
         ("waving_hand_light_skin_tone", "waving hand: light skin tone", "waving hand"),
-        ("handshake_dark_skin_tone_medium-light_skin_tone", "handshake: dark skin tone, medium-light skin tone", "handshake"),
+        (
+            "handshake_dark_skin_tone_medium-light_skin_tone",
+            "handshake: dark skin tone, medium-light skin tone",
+            "handshake",
+        ),
         ("man_medium_skin_tone_bald", "man: medium skin tone, bald", "man: bald"),
         ("woman_red_hair", "woman: red hair", "woman: red hair"),
         ("family_man_woman_boy", "family: man, woman, boy", "family: man, woman, boy"),

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
@@ -120,10 +119,10 @@ def test_a_bias_that_clip_cannot_hold_is_refused(
 
 
 def test_an_export_that_is_another_model_is_refused(
-    clip_tokenizer: BytePairTokenizer, out: Path, monkeypatch: pytest.MonkeyPatch
+    clip: DualEncoder, clip_tokenizer: BytePairTokenizer, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(hf.TO_TRANSFORMERS, "quick_gelu", "gelu")  # the classic mistake
     with pytest.raises(CheckpointError, match="not the model that was trained") as caught:
-        export_transformers(make_clip(clip_tokenizer.spec), tokenizer=clip_tokenizer, logit_scale=SCALE, out=out)
+        export_transformers(clip, tokenizer=clip_tokenizer, logit_scale=SCALE, out=out)
     difference = float(str(caught.value.got).split()[2].rstrip(","))
     assert difference > 100 * TOLERANCE  # measured 3e-3

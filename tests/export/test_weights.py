@@ -8,7 +8,6 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import make_clip
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
@@ -24,8 +23,8 @@ from vlm_train.types import Tokenizer
 
 TEXTS = ["a red square", "two dogs, one ball and a square", "", "dogs"]
 SCALE, BIAS = torch.tensor([2.5]), torch.tensor([-3.0])
-TOLERANCE = 2e-6  # features measured 2.4e-7 (CLIP), 1.2e-7 (SigLIP), 2.4e-7 (open_clip)
-GRADIENT_TOLERANCE = 1e-4  # relative to the largest gradient of the tensor; measured 4e-6
+TOLERANCE = 1e-6  # features measured 1.9e-7 (CLIP), 1.0e-7 (SigLIP), 1.9e-7 (open_clip)
+GRADIENT_TOLERANCE = 1e-5  # relative to the largest gradient of the tensor; measured 1e-6
 
 
 def transformers_clip(model: DualEncoder) -> nn.Module:
@@ -132,7 +131,7 @@ def test_the_wrong_activation_is_seen(clip: DualEncoder, pixels: Tensor, clip_to
     ids, mask = clip_tokenizer(TEXTS)
     ours = clip.encode_image(pixels), clip.encode_text(ids, mask)
     wrong = features_of(open_clip_clip(clip, quick_gelu=False), pixels, ids)
-    assert largest_difference(ours, wrong) > 1e-3  # measured 3e-3
+    assert largest_difference(ours, wrong) > 1e-3  # measured 7e-3
 
 
 def test_an_end_token_read_one_too_late_is_seen(clip: DualEncoder, clip_tokenizer: BytePairTokenizer) -> None:
@@ -161,7 +160,7 @@ def test_a_foreign_or_partial_checkpoint_is_refused(clip: DualEncoder) -> None:
         import_state(clip, state, family="clip")
 
 
-def test_towers_that_transformers_cannot_hold_are_named(clip_tokenizer: BytePairTokenizer) -> None:
+def test_towers_that_transformers_cannot_hold_are_named(clip: DualEncoder, clip_tokenizer: BytePairTokenizer) -> None:
     spec = clip_tokenizer.spec
     text = TextTransformer(spec=spec, width=32, num_layers=1, num_heads=1, pool="mean", causal=False)
     mean = VisionTransformer(image={"size": 32}, patch_size=8, width=32, num_layers=1, num_heads=1, pool="mean")
@@ -172,4 +171,4 @@ def test_towers_that_transformers_cannot_hold_are_named(clip_tokenizer: BytePair
     resnet = ResNet(image={"size": 32}, layers=[1, 1, 1, 1], width=8)
     with pytest.raises(ConfigError, match="vision ResNet"):
         family_of(DualEncoder(vision=resnet, text=text, embed_dim=8))
-    assert family_of(make_clip(spec)) == "clip"
+    assert family_of(clip) == "clip"

@@ -81,6 +81,11 @@ def _explain(error: Exception, overrides: list[str], search: list[str]) -> Confi
         )
     if isinstance(error, MissingConfigException) or "Could not find" in str(error):
         return _explain_choice(error)
+    if "Ambiguous value" in str(error):
+        word = str(error).partition("'")[2].rpartition("'")[0].splitlines()[0]
+        return ConfigError(
+            "a comma outside quotes is ambiguous", got=word, allowed="'key=[a,b]' for a list, 'key=\"a,b\"' for a text"
+        )
     key = _key_of(error)
     if key is None:
         return ConfigError(f"the config does not compose: {_first_line(error)}", remedy="vlm-train configs list")

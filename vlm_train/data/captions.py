@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlm_train.data.decode import SampleError, decode_captions, decode_metadata
 from vlm_train.data.tar import TarSample, index_tar
+from vlm_train.errors import DataError
 
 
 class CaptionStream:
@@ -38,7 +39,10 @@ class CaptionStream:
 
     def _captions(self) -> Iterator[str]:
         for shard in self.shards:
-            index = index_tar(shard)
+            try:
+                index = index_tar(shard)
+            except OSError as error:
+                raise DataError(f"shard `{shard}` cannot be opened", got=error, remedy="check the path") from error
             self.skipped.update(error["reason"] for error in index.errors)
             with open(shard, "rb", buffering=0) as file:
                 for sample in index.samples:
@@ -58,6 +62,6 @@ def iter_captions(shards: Sequence[Path], limit: int | None = None) -> CaptionSt
     """Every caption of the shards, at most `limit` of them.
 
     Raises (while iterating):
-        DataError: a shard is compressed or holds no usable sample.
+        DataError: a shard cannot be opened, is compressed, or holds no usable sample.
     """
     return CaptionStream(shards, limit=limit)

@@ -133,7 +133,7 @@ def _from_text_files(folder: Path, errors: Errors) -> list[Record]:
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS):
         name = path.relative_to(folder).as_posix()
         try:
-            lines = path.with_suffix(".txt").read_text("utf-8").splitlines()
+            lines = path.with_suffix(".txt").read_text("utf-8-sig").split("\n")
         except FileNotFoundError:
             errors.append({"file": name, "reason": "no_caption"})
         except UnicodeDecodeError:

@@ -182,7 +182,7 @@ def _write_samples(
         groups[hashlib.sha256(pictures[drawing.caption]).digest()].append(drawing.caption)
     first = {caption: min(captions) for captions in groups.values() for caption in captions}
     same = {caption: sorted(set(captions) - {caption}) for captions in groups.values() for caption in captions}
-    val = {drawing.caption for drawing in chosen if hash_fraction(first[drawing.caption]) < VAL_FRACTION}
+    val = {drawing.caption for drawing in chosen if hash_fraction(f"val {first[drawing.caption]}") < VAL_FRACTION}
     trained = {drawing.base for drawing in chosen if drawing.caption not in val}
     for index, drawing in enumerate(chosen):
         row: dict[str, Any] = {"captions": [drawing.caption]}

@@ -33,16 +33,15 @@ def map_in_processes(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the parent's threads
+    remaining = iter(items)
+    chunks = iter(lambda: list(itertools.islice(remaining, chunk_size)), [])
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow_parent) as pool:
-        pending: deque[Future[list[Result]]] = deque()
+        started = (pool.submit(_map_chunk, function, chunk) for chunk in chunks)
+        pending: deque[Future[list[Result]]] = deque(itertools.islice(started, 2 * num_workers))
         try:
-            remaining = iter(items)
-            while chunk := list(itertools.islice(remaining, chunk_size)):
-                pending.append(pool.submit(_map_chunk, function, chunk))
-                if len(pending) > 2 * num_workers:
-                    yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
+                pending.extend(itertools.islice(started, 1))
         finally:
             for future in pending:
                 future.cancel()

@@ -104,6 +104,6 @@ def counted(batch: Batch) -> Tensor:
     return torch.ones(len(batch["images"]), dtype=torch.bool) if weights is None else weights.cpu() != 0
 
 
-def percent(credit: Tensor) -> float:
-    """Mean credit in percent."""
-    return 100.0 * float(credit.mean())
+def percent(share: float | Tensor) -> float:
+    """A share, or the mean of a tensor of credits, in percent; ten decimals, so that a quarter prints as 25.0."""
+    return round(100.0 * float(share.mean() if isinstance(share, Tensor) else share), 10)

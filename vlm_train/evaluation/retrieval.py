@@ -122,7 +122,7 @@ class Retrieval:
 
 def _interval(score: float, num_images: int) -> list[float]:
     # captions of one image are not independent trials: images are, and counting them is the cautious choice
-    return [100.0 * bound for bound in wilson_interval(score / 100.0 * num_images, num_images)]
+    return [percent(bound) for bound in wilson_interval(score / 100.0 * num_images, num_images)]
 
 
 def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:

@@ -109,24 +109,24 @@ def contrasts_of(rng: random.Random, view: View) -> list[dict[str, str]]:
 
 
 def attribute_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim] | None:
-    """Two things of different shape exchange their colours; a lone thing gets another colour.
+    """Two things of different shape exchange their colours; where no two can, one thing gets a colour not in the scene.
 
-    Only colours that occur once are exchanged: then the false caption is what the true one would be in a scene whose
-    two colours are renamed, a scene just as likely. Otherwise naming one thing twice would give falsehood away.
+    Only colours that occur once are touched: then the false caption is what the true one would be in a scene with two
+    colours renamed, a scene just as likely. Otherwise naming one thing twice would give falsehood away.
     """
     things: list[Thing] = rng.sample(view, len(view))
-    swapped = list(things)
-    if len(things) == 1:
-        color = rng.choice([color for color in COLORS if color != things[0].color])
-        swapped[0] = replace(things[0], color=color)
-        return Listing(tuple(things)), Listing(tuple(swapped))
+    changed = list(things)
     single = [place for place, thing in enumerate(things) if sum(other.has(thing.color) for other in view) == 1]
     pairs = [(i, j) for i in single for j in single if i < j and things[i].shape != things[j].shape]
-    if not pairs:
+    if pairs:
+        i, j = rng.choice(pairs)
+        changed[i], changed[j] = replace(things[i], color=things[j].color), replace(things[j], color=things[i].color)
+    elif single:
+        i = rng.choice(single)
+        changed[i] = replace(things[i], color=rng.choice(absent(tuple(COLORS), view)))
+    else:
         return None
-    i, j = rng.choice(pairs)
-    swapped[i], swapped[j] = replace(things[i], color=things[j].color), replace(things[j], color=things[i].color)
-    return Listing(tuple(things)), Listing(tuple(swapped))
+    return Listing(tuple(things)), Listing(tuple(changed))
 
 
 def count_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim]:

@@ -1,0 +1,92 @@
+"""Real training runs in real processes, small enough to be repeated: shared by the proofs and the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# The towers of model=clip_tiny, cut down: a step takes a few milliseconds, a run a few seconds.
+TINY = (
+    "model.vision.image.size=32", "model.vision.patch_size=8", "model.vision.width=32", "model.vision.num_layers=1",
+    "model.vision.num_heads=2", "model.text.width=32", "model.text.num_layers=1", "model.text.num_heads=2",
+    "model.embed_dim=16", "model.tokenizer.vocab_size=300", "schedule.warmup_steps=5", "evaluation=retrieval",
+    "data=shards", "trainer.global_batch=24", "trainer.num_threads=1",
+)  # fmt: skip
+MACHINE_COLUMNS = ("samples_per_second", "data_wait", "mfu")
+
+
+def make_scenes(folder: Path, num_samples: int = 240) -> Path:
+    """A scenes dataset below `folder` through the command line."""
+    out = folder / "scenes"
+    call(folder, ["data", "make", "scenes", str(out), "--num-samples", str(num_samples), "--seed", "1", "--size", "32"])
+    return out
+
+
+def train_words(data: Path, *extra: str) -> list[str]:
+    """Words of a small training command on `data`."""
+    return ["train", *TINY, f"data.train.shards={data / 'train'}", f"data.val.shards={data / 'val'}", *extra]
+
+
+def start(folder: Path, words: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
+    """Starts `vlm-train WORDS` in `folder`; the child gets no terminal and no network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "vlm_train.cli.main", *words]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL, **popen)
+
+
+def call(folder: Path, words: Sequence[str], expect: int = 0, timeout: float = 300) -> str:
+    """Runs `vlm-train WORDS` to its end and returns what it printed; another exit code than `expect` is an error."""
+    process = start(folder, words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=timeout)
+    if process.returncode != expect:
+        raise AssertionError(f"vlm-train {' '.join(words)} ended with {process.returncode}, not {expect}:\n{output}")
+    return output
+
+
+def signal_after(folder: Path, words: Sequence[str], run: Path, step: int, number: int, timeout: float = 300) -> int:
+    """Starts a run, sends signal `number` to its process once metrics.jsonl tells `step`; returns the exit code."""
+    with open(folder / "log.txt", "a") as log:
+        process = start(folder, words, stdout=log, stderr=log)
+        deadline = time.monotonic() + timeout
+        while last_step(run) < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before step {step}:\n{(folder / 'log.txt').read_text()[-3000:]}")
+        process.send_signal(number)
+        return process.wait(timeout=60)
+
+
+def kill_after(folder: Path, words: Sequence[str], run: Path, step: int) -> None:
+    """SIGKILL to the launching process once metrics.jsonl tells `step`."""
+    assert signal_after(folder, words, run, step, signal.SIGKILL) == -signal.SIGKILL
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The complete rows of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def last_step(run: Path) -> int:
+    """The last step that metrics.jsonl tells."""
+    found = rows(run)
+    return found[-1]["step"] if found else 0
+
+
+def learned(run: Path) -> str:
+    """metrics.jsonl as text without the columns that measure the machine."""
+    return "".join(
+        json.dumps({key: value for key, value in row.items() if key not in MACHINE_COLUMNS}) + "\n" for row in rows(run)
+    )
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step."""
+    return [row["loss"] for row in rows(run)]

@@ -1,0 +1,329 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import SPEC, ByteTokenizer, train_encoder, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.pipeline import EvalLoader, StreamSpec, TrainLoader
+from vlm_train.data.selection import Selection
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.transforms import EvalTransform, TrainTransform
+from vlm_train.errors import CheckpointError, ConfigError, DataError
+
+G, NUM_STEPS = 11, 6  # 11 divides by none of the world sizes but 1; 28 kept samples, so six steps cross two epochs
+COUNTS, BAD, DROPPED = (11, 7, 13, 5), (2, 17, 30), (0, 9, 10, 12, 18, 25, 33, 35)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return ShardSource(shards=str(write_dataset(tmp_path_factory.mktemp("data"), COUNTS, bad=BAD)))
+
+
+@pytest.fixture(scope="module")
+def selection(source):
+    mask = np.ones(len(source), bool)
+    mask[list(DROPPED)] = False
+    return Selection.from_mask(mask, manifest=source.fingerprint)
+
+
+def loader_of(source, selection, rank=0, world_size=1, workers=0, rate=1.0, **spec):
+    spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
+    return TrainLoader(
+        source=source,
+        selection=selection,
+        stream=StreamSpec(**spec),
+        encoder=train_encoder(),
+        rank=rank,
+        world_size=world_size,
+        num_workers=workers,
+        max_error_rate=rate,
+    )
+
+
+def merged(batches):
+    """The global batch of one step from its rank batches, in rank order: everything that a model could see."""
+    longest = max(batch["text_ids"].shape[1] for batch in batches)
+
+    def padded(name):
+        tensors = (batch[name] for batch in batches)
+        return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]).tolist()
+
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in ("images", "uids", "weights", "labels")}
+    lists = {name: [x for b in batches for x in b[name]] for name in ("captions", "keys", "errors")}
+    assert len({batch["step"] for batch in batches}) == 1
+    facts = {"text_ids": padded("text_ids"), "text_mask": padded("text_mask"), "step": batches[0]["step"], **lists}
+    return facts | {name: tensor.numpy().tobytes() for name, tensor in whole.items()}
+
+
+def stream_of(loaders, num=None):
+    return [merged(batches) for batches in itertools.islice(zip(*loaders, strict=True), num)]
+
+
+@pytest.fixture(scope="module")
+def reference(source, selection):
+    return stream_of([loader_of(source, selection)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 8])
+def test_the_stream_is_the_same_for_any_topology(source, selection, reference, world_size, workers):
+    loaders = [loader_of(source, selection, rank, world_size, workers) for rank in range(world_size)]
+    assert stream_of(loaders) == reference
+
+
+def test_the_stream_holds_what_it_should(source, selection, reference):
+    uids = np.frombuffer(b"".join(step["uids"] for step in reference), np.uint8).reshape(-1, 16)
+    num_kept = len(selection)
+    assert len(uids) == G * NUM_STEPS > 2 * num_kept  # so every kept sample came up at least twice
+    rows = {source.manifest.uids[row].tobytes(): row for row in range(len(source))}
+    seen = [rows[uid.tobytes()] for uid in uids]
+    assert set(seen) == set(range(len(source))) - set(DROPPED) - set(BAD)
+    errors = [error for step in reference for error in step["errors"]]
+    assert {error["row"] for error in errors} == set(BAD)
+    assert all(error["reason"] == "image_truncated" and error["shard"].endswith(".tar") for error in errors)
+    # 3 follows 2; 17 and 30 are the last of their shards, of which 11 and 19 are the first that the selection keeps
+    assert {error["row"]: error["replaced_by"] for error in errors} == {2: 3, 17: 11, 30: 19}
+
+
+def test_twin_an_order_that_workers_own_is_not_the_same(source, selection):
+    """What the exactness test must be able to see: a shuffle drawn from the worker's own generator."""
+
+    class WorkerKeyed(TrainLoader):
+        def __init__(self, rank, world_size):
+            base = loader_of(source, selection, rank, world_size)
+            self.__dict__ = base.__dict__
+            mine = np.arange(rank, len(selection), world_size)
+            shuffled = np.random.default_rng(rank).permutation(mine)
+            self._steps.stream.locate = lambda positions: (
+                positions * 0,
+                shuffled[positions % len(shuffled)],
+                np.ones(len(positions), np.float32),
+            )
+
+    one = stream_of([WorkerKeyed(0, 1)])
+    two = stream_of([WorkerKeyed(rank, 2) for rank in range(2)])
+    assert [step["uids"] for step in one] != [step["uids"] for step in two]
+
+
+def test_twin_pixels_from_a_workers_generator_are_not_the_same(source, selection, reference, monkeypatch):
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr("vlm_train.data.collate.keyed_generator", lambda *key: generator)
+    loaders = [loader_of(source, selection, rank, 2) for rank in range(2)]
+    found = stream_of(loaders)
+    assert [step["uids"] for step in found] == [step["uids"] for step in reference]
+    assert [step["images"] for step in found] != [step["images"] for step in reference]
+
+
+@pytest.mark.parametrize(("before", "after", "workers"), [(3, 2, 0), (2, 5, 2), (1, 8, 0), (7, 1, 2)])
+def test_resumes_at_another_world_size(source, selection, reference, before, after, workers):
+    loaders = [loader_of(source, selection, rank, before, workers) for rank in range(before)]
+    first = stream_of(loaders, 4)  # workers have prefetched further by now
+    states = {json.dumps(loader.state_dict(), sort_keys=True) for loader in loaders}
+    assert len(states) == 1 and len(min(states)) < 1000
+    state = json.loads(states.pop())
+    assert state["consumed"] == 4 * G and state["epoch"] == 4 * G // len(selection)
+    resumed = [loader_of(source, selection, rank, after, workers) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state_dict(state)
+        assert len(loader) == NUM_STEPS
+    assert first + stream_of(resumed) == reference
+
+
+def test_a_finished_stream_gives_nothing_more(source, selection):
+    loader = loader_of(source, selection)
+    assert len(list(loader)) == NUM_STEPS and list(loader) == []
+    longer = loader_of(source, selection, num_steps=NUM_STEPS + 1)
+    longer.load_state_dict(loader.state_dict())
+    assert [batch["step"] for batch in longer] == [NUM_STEPS]
+
+
+def test_a_state_of_another_stream_is_refused(source, selection, tmp_path):
+    state = loader_of(source, selection).state_dict()
+    other = ShardSource(shards=str(write_dataset(tmp_path, (12, 12, 12))))
+    for name, loader in {
+        "seed": loader_of(source, selection, seed=6),
+        "global_batch": loader_of(source, selection, global_batch=10),
+        "selection": loader_of(source, Selection.all(len(source))),
+        "manifest": loader_of(other, Selection.from_mask(selection.mask())),
+        "order": loader_of(source, selection, shuffle_window=3),
+    }.items():
+        with pytest.raises(CheckpointError, match=f"`{name}` differs"):
+            loader.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="`order` differs"):
+        loader_of(source, selection, epoch_end="drop").load_state_dict(state)
+    loader = loader_of(source, selection)
+    with pytest.raises(CheckpointError, match="`version` differs"):
+        loader.load_state_dict({**state, "version": 2})
+    for consumed in (G - 1, -G, None, "0"):
+        with pytest.raises(CheckpointError, match="consumed"):
+            loader.load_state_dict({**state, "consumed": consumed})
+
+
+def test_lightning_takes_it_for_a_stateful_loader(source, selection):
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+    loader = loader_of(source, selection, workers=1)
+    combined = CombinedLoader(loader, "max_size_cycle")
+    assert next(iter(combined))[0]["step"] == 0
+    assert combined._state_dicts() == [loader.state_dict()] and loader.state_dict()["consumed"] == G
+
+
+@settings(max_examples=12, deadline=None)
+@given(world_size=st.integers(1, 9), global_batch=st.integers(9, 60), end=st.sampled_from(["wrap", "pad_zero_weight"]))
+def test_any_batch_on_any_world_size(source, selection, world_size, global_batch, end):
+    spec = {"global_batch": global_batch, "num_steps": 2, "epoch_end": end}
+    loaders = [loader_of(source, selection, rank, world_size, **spec) for rank in range(world_size)]
+    assert stream_of(loaders) == stream_of([loader_of(source, selection, **spec)])
+
+
+def test_padding_rows_have_no_weight_and_no_content(source):
+    everything = Selection.all(len(source))
+    batches = list(loader_of(source, everything, global_batch=25, num_steps=2, epoch_end="pad_zero_weight"))
+    assert [int(batch["weights"].sum()) for batch in batches] == [25, 11]
+    blank = batches[1]["weights"] == 0
+    assert not batches[1]["images"][blank].any() and not batches[1]["uids"][blank].any()
+    assert len({uid for batch in batches for uid in batch["keys"]} - {""}) == len(source) - len(BAD)
+
+
+def test_what_does_not_fit_is_refused(source, selection):
+    with pytest.raises(ConfigError, match="smaller than the number of ranks"):
+        loader_of(source, selection, world_size=12)
+    with pytest.raises(DataError, match="other data"):
+        loader_of(source, Selection.all(5))
+    with pytest.raises(DataError, match="other data"):
+        loader_of(source, Selection.from_mask(np.ones(len(source), bool), manifest="abc"))
+    with pytest.raises(DataError, match="smaller than one global batch") as caught:
+        loader_of(source, selection, global_batch=100, epoch_end="drop")
+    assert "global_batch" in caught.value.remedy
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_samples_stop_the_run_with_a_list(source, selection, workers):
+    loader = loader_of(source, selection, workers=workers, rate=0.05)
+    with pytest.raises(DataError, match="too many bad samples") as caught:
+        list(loader)
+    assert "image_truncated" in str(caught.value) and caught.value.remedy
+    assert loader._errors.num_read >= len(selection)  # judged after a whole epoch, not before
+    assert len(list(loader_of(source, selection, workers=workers, rate=0.2))) == NUM_STEPS
+
+
+def test_a_shard_of_which_nothing_is_left_is_replaced_by_the_next(tmp_path):
+    source = ShardSource(shards=str(write_dataset(tmp_path, (3, 3, 3))))
+    (tmp_path / "00001.tar").unlink()
+    loader = loader_of(source, Selection.all(9), global_batch=9, num_steps=1)
+    (batch,) = loader
+    assert [error["replaced_by"] for error in batch["errors"]] == [6, 6, 6]
+    assert {error["reason"] for error in batch["errors"]} == {"unreadable"}
+    for name in ("00000.tar", "00002.tar"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="no sample near"):
+        list(loader_of(source, Selection.all(9), workers=1))
+
+
+class _Broken(TrainTransform):
+    def plan(self, width, height, generator):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_in_a_worker_keeps_its_message(source, selection, workers):
+    for error, shown in (
+        (ConfigError("a bad key", got="x", remedy="mend it"), "a bad key"),
+        (RuntimeError("something nobody expected"), "something nobody expected"),
+    ):
+        loader = loader_of(source, selection, workers=workers)
+        transform = _Broken(spec=SPEC)
+        transform.error = error
+        loader._steps.encoder = SampleEncoder(transform=transform, tokenizer=ByteTokenizer())
+        with pytest.raises(type(error), match=shown) as caught:
+            next(iter(loader))
+        assert getattr(caught.value, "remedy", None) == getattr(error, "remedy", None)
+
+
+def eval_batches(source, rank, world_size, batch_size=4, workers=0):
+    encoder = SampleEncoder(transform=EvalTransform(spec=SPEC), tokenizer=ByteTokenizer())
+    loader = EvalLoader(
+        source=source, encoder=encoder, batch_size=batch_size, rank=rank, world_size=world_size, num_workers=workers
+    )
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 40])
+def test_evaluation_covers_each_sample_once_in_order(source, world_size):
+    ranks = [eval_batches(source, rank, world_size) for rank in range(world_size)]
+    shapes = [[batch["images"].shape for batch in batches] for batches in ranks]
+    assert all(shape == shapes[0] for shape in shapes)
+    uids = np.concatenate(
+        [b["uids"].numpy()[b["weights"].numpy() > 0] for batches in ranks for b in batches if b["weights"].any()]
+    )
+    good = [row for row in range(len(source)) if row not in BAD]
+    assert uids.tobytes() == source.manifest.uids[good].tobytes()
+    errors = [error for batches in ranks for batch in batches for error in batch["errors"]]
+    assert [error["row"] for error in errors] == list(BAD) and {error["replaced_by"] for error in errors} == {None}
+
+
+def test_evaluation_workers_stay_between_passes_and_change_nothing(source):
+    encoder = SampleEncoder(transform=EvalTransform(spec=SPEC), tokenizer=ByteTokenizer())
+    loader = EvalLoader(source=source, encoder=encoder, batch_size=5, rank=0, world_size=1, num_workers=2)
+    passes = [[merged([batch]) for batch in loader] for _ in range(2)]
+    assert passes[0] == passes[1] == [merged([batch]) for batch in eval_batches(source, 0, 1, 5)]
+    batch = next(iter(loader))
+    assert batch["all_captions"][0] == ["picture 0"] and batch["metadata"][0]["label"] == 0
+
+
+_CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from test_pipeline import *
+source = ShardSource(shards=sys.argv[1])
+loader = loader_of(source, Selection.all(len(source)), workers=2, num_steps=10_000)
+stream = iter(loader)
+next(stream)
+import multiprocessing
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+while True:
+    next(stream)
+    time.sleep(0.01)
+"""
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_leave_signals_to_the_trainer_and_die_with_it(tmp_path):
+    write_dataset(tmp_path, (20,))
+    command = [sys.executable, "-c", _CHILD, str(tmp_path), str(Path(__file__).parent)]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    try:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2
+        for sent, pid in itertools.product((signal.SIGINT, signal.SIGTERM), workers):
+            os.kill(pid, sent)
+        time.sleep(0.3)
+        assert all(map(_alive, workers)) and trainer.poll() is None
+        trainer.kill()
+        trainer.wait(timeout=10)
+        deadline = time.monotonic() + 10
+        while any(map(_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(_alive, workers))
+    finally:
+        trainer.kill()
+        trainer.stdout.close()
