@@ -32,6 +32,7 @@ from vlm_train.data.transforms import EvalTransform, TrainTransform
 from vlm_train.engine import checkpoints
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
 from vlm_train.engine.callbacks.evaluate import Evaluate
+from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.module import TrainingModule
@@ -45,7 +46,7 @@ from vlm_train.types import ImageSpec, Tokenizer
 
 LOG = get_logger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
+PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +71,19 @@ class Parts:
     model: nn.Module
     objective: Objective
 
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What the image tower wants to be fed."""
+        spec = self.model.image_spec
+        assert isinstance(spec, ImageSpec)
+        return spec
 
-def prepare(config: DictConfig, run: RunDirectory, progress: Callable[[str], None]) -> None:
-    """Indexes the shards and trains or copies the tokenizer, once, before any rank starts."""
+
+def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Callable[[str], None]) -> None:
+    """Indexes the shards and, for a `fresh` run, trains or copies the tokenizer; once, before any rank starts."""
     open_manifest(_plain(config.data.train.shards), progress=progress)
     open_manifest(_plain(config.data.val.shards), progress=progress)
-    if (run.tokenizer / "tokenizer.json").is_file():
+    if not fresh:
         return
     tokenizer = instantiate(config.model.tokenizer)
     if callable(getattr(tokenizer, "func", None)):  # a tokenizer that is trained: a partial that waits for captions
@@ -125,7 +133,7 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
         source=source,
         selection=selection,
         stream=stream,
-        encoder=encoder(config, parts.model.image_spec, parts.tokenizer, train=True),
+        encoder=encoder(config, parts.image_spec, parts.tokenizer, train=True),
         rank=placement.rank,
         world_size=placement.world_size,
         num_workers=config.data.num_workers,
@@ -138,7 +146,7 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     config = parts.config
     loader = EvalLoader(
         source=ShardSource(shards=_plain(config.data.val.shards)),
-        encoder=encoder(config, parts.model.image_spec, parts.tokenizer, train=False),
+        encoder=encoder(config, parts.image_spec, parts.tokenizer, train=False),
         batch_size=config.evaluation.batch_size,
         rank=placement.rank,
         world_size=placement.world_size,

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.pipeline import StreamSpec, TrainLoader
 from vlm_train.data.transforms import TrainTransform
 from vlm_train.types import ImageSpec, TextSpec
 
 SPEC = ImageSpec(size=16)
+G, NUM_STEPS = 11, 6  # 11 divides by none of the world sizes but 1; 28 kept samples, so six steps cross two epochs
+COUNTS, BAD, DROPPED = (11, 7, 13, 5), (2, 17, 30), (0, 9, 10, 12, 18, 25, 33, 35)
 
 
 class ByteTokenizer:
@@ -92,3 +95,32 @@ def train_encoder():
     """Augments with everything, so that equal pixels mean equal randomness."""
     transform = TrainTransform(spec=SPEC, scale=(0.3, 1.0), flip=0.5, color_jitter=0.4, grayscale=0.2)
     return SampleEncoder(transform=transform, tokenizer=ByteTokenizer())
+
+
+def loader_of(source, selection, rank=0, world_size=1, workers=0, rate=1.0, **spec):
+    spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
+    return TrainLoader(
+        source=source,
+        selection=selection,
+        stream=StreamSpec(**spec),
+        encoder=train_encoder(),
+        rank=rank,
+        world_size=world_size,
+        num_workers=workers,
+        max_error_rate=rate,
+    )
+
+
+def merged(batches):
+    """The global batch of one step from its rank batches, in rank order: everything that a model could see."""
+    longest = max(batch["text_ids"].shape[1] for batch in batches)
+
+    def padded(name):
+        tensors = (batch[name] for batch in batches)
+        return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]).tolist()
+
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in ("images", "uids", "weights", "labels")}
+    lists = {name: [x for b in batches for x in b[name]] for name in ("captions", "keys", "errors")}
+    assert len({batch["step"] for batch in batches}) == 1
+    facts = {"text_ids": padded("text_ids"), "text_mask": padded("text_mask"), "step": batches[0]["step"], **lists}
+    return facts | {name: tensor.numpy().tobytes() for name, tensor in whole.items()}

@@ -73,7 +73,9 @@ def test_exif_orientation(kind, orientation):
     assert (image.height, image.width) == wanted.shape[:2]
     assert np.array_equal(image.decode(), wanted)
     if kind == "JPEG":
-        assert image.decode(min_width=wanted.shape[1] // 2, min_height=wanted.shape[0] // 2).shape[0] == len(wanted) // 2
+        assert (
+            image.decode(min_width=wanted.shape[1] // 2, min_height=wanted.shape[0] // 2).shape[0] == len(wanted) // 2
+        )
 
 
 def test_nonsense_in_exif_is_no_orientation():
@@ -96,7 +98,9 @@ def test_transparency_is_shown_on_white():
 def test_the_first_frame_of_an_animation():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("GIF", "WEBP"):
-        data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        data = saved(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
         assert open_image(data).decode()[0, 0].tolist() == [255, 0, 0]
 
 
@@ -159,8 +163,12 @@ def test_the_uid_names_images_and_captions_and_nothing_else():
     uid = sample_uid(parts)
     assert len(uid) == 16 and sample_uid({**parts, "json": b'{"x": 1}'}) == uid
     assert sample_uid({**parts, "txt": b"c"}) != uid != sample_uid({**parts, "jpg": b"c"})
-    assert sample_uid({"1.jpg": b"a", "0.jpg": b"b", "txt": b"c"}) == sample_uid({"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"})
-    assert sample_uid({"0.jpg": b"a", "1.jpg": b"b", "txt": b"c"}) != sample_uid({"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"})
+    assert sample_uid({"1.jpg": b"a", "0.jpg": b"b", "txt": b"c"}) == sample_uid(
+        {"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"}
+    )
+    assert sample_uid({"0.jpg": b"a", "1.jpg": b"b", "txt": b"c"}) != sample_uid(
+        {"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"}
+    )
     assert decode.image_parts({"10.jpg": b"", "2.png": b"", "jpg": b"", "seg.png": b""}) == ["jpg", "2.png", "10.jpg"]
 
 

@@ -115,7 +115,12 @@ def test_replacements_try_the_rest_of_the_shard_first_and_each_sample_once(count
     shard = np.repeat(np.arange(len(counts)), counts)
     own = counts[shard[index]] - 1
     assert (shard[tried[:own]] == shard[index]).all()
-    assert own == 0 or tried[0] == index + 1 or shard[min(index + 1, len(shard) - 1)] != shard[index] or index + 1 == len(shard)
+    assert (
+        own == 0
+        or tried[0] == index + 1
+        or shard[min(index + 1, len(shard) - 1)] != shard[index]
+        or index + 1 == len(shard)
+    )
 
 
 def test_an_empty_selection_is_refused():

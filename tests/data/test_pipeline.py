@@ -1,28 +1,16 @@
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from data_fixtures import SPEC, ByteTokenizer, train_encoder, write_dataset
+from data_fixtures import BAD, COUNTS, DROPPED, NUM_STEPS, G, loader_of, merged, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_train.data.collate import SampleEncoder
-from vlm_train.data.pipeline import EvalLoader, StreamSpec, TrainLoader
+from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
-from vlm_train.data.transforms import EvalTransform, TrainTransform
 from vlm_train.errors import CheckpointError, ConfigError, DataError
-
-G, NUM_STEPS = 11, 6  # 11 divides by none of the world sizes but 1; 28 kept samples, so six steps cross two epochs
-COUNTS, BAD, DROPPED = (11, 7, 13, 5), (2, 17, 30), (0, 9, 10, 12, 18, 25, 33, 35)
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +23,6 @@ def selection(source):
     mask = np.ones(len(source), bool)
     mask[list(DROPPED)] = False
     return Selection.from_mask(mask, manifest=source.fingerprint)
-
-
-def loader_of(source, selection, rank=0, world_size=1, workers=0, rate=1.0, **spec):
-    spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
-    return TrainLoader(
-        source=source,
-        selection=selection,
-        stream=StreamSpec(**spec),
-        encoder=train_encoder(),
-        rank=rank,
-        world_size=world_size,
-        num_workers=workers,
-        max_error_rate=rate,
-    )
-
-
-def merged(batches):
-    """The global batch of one step from its rank batches, in rank order: everything that a model could see."""
-    longest = max(batch["text_ids"].shape[1] for batch in batches)
-
-    def padded(name):
-        tensors = (batch[name] for batch in batches)
-        return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]).tolist()
-
-    whole = {name: torch.cat([batch[name] for batch in batches]) for name in ("images", "uids", "weights", "labels")}
-    lists = {name: [x for b in batches for x in b[name]] for name in ("captions", "keys", "errors")}
-    assert len({batch["step"] for batch in batches}) == 1
-    facts = {"text_ids": padded("text_ids"), "text_mask": padded("text_mask"), "step": batches[0]["step"], **lists}
-    return facts | {name: tensor.numpy().tobytes() for name, tensor in whole.items()}
 
 
 def stream_of(loaders, num=None):
@@ -170,13 +129,13 @@ def test_a_state_of_another_stream_is_refused(source, selection, tmp_path):
             loader.load_state_dict({**state, "consumed": consumed})
 
 
-def test_lightning_takes_it_for_a_stateful_loader(source, selection):
-    from lightning.pytorch.utilities.combined_loader import CombinedLoader
-
-    loader = loader_of(source, selection, workers=1)
-    combined = CombinedLoader(loader, "max_size_cycle")
-    assert next(iter(combined))[0]["step"] == 0
-    assert combined._state_dicts() == [loader.state_dict()] and loader.state_dict()["consumed"] == G
+def test_prefetched_batches_are_not_consumed(source, selection):
+    loader = loader_of(source, selection, workers=2)
+    stream = iter(loader)
+    assert loader.state_dict()["consumed"] == 0
+    assert next(stream)["step"] == 0 and loader.state_dict()["consumed"] == G
+    assert next(stream)["step"] == 1 and loader.state_dict()["consumed"] == 2 * G
+    stream.close()
 
 
 @settings(max_examples=12, deadline=None)
@@ -229,101 +188,3 @@ def test_a_shard_of_which_nothing_is_left_is_replaced_by_the_next(tmp_path):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match="no sample near"):
         list(loader_of(source, Selection.all(9), workers=1))
-
-
-class _Broken(TrainTransform):
-    def plan(self, width, height, generator):
-        raise self.error
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_exception_in_a_worker_keeps_its_message(source, selection, workers):
-    for error, shown in (
-        (ConfigError("a bad key", got="x", remedy="mend it"), "a bad key"),
-        (RuntimeError("something nobody expected"), "something nobody expected"),
-    ):
-        loader = loader_of(source, selection, workers=workers)
-        transform = _Broken(spec=SPEC)
-        transform.error = error
-        loader._steps.encoder = SampleEncoder(transform=transform, tokenizer=ByteTokenizer())
-        with pytest.raises(type(error), match=shown) as caught:
-            next(iter(loader))
-        assert getattr(caught.value, "remedy", None) == getattr(error, "remedy", None)
-
-
-def eval_batches(source, rank, world_size, batch_size=4, workers=0):
-    encoder = SampleEncoder(transform=EvalTransform(spec=SPEC), tokenizer=ByteTokenizer())
-    loader = EvalLoader(
-        source=source, encoder=encoder, batch_size=batch_size, rank=rank, world_size=world_size, num_workers=workers
-    )
-    batches = list(loader)
-    assert len(batches) == len(loader)
-    return batches
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 40])
-def test_evaluation_covers_each_sample_once_in_order(source, world_size):
-    ranks = [eval_batches(source, rank, world_size) for rank in range(world_size)]
-    shapes = [[batch["images"].shape for batch in batches] for batches in ranks]
-    assert all(shape == shapes[0] for shape in shapes)
-    uids = np.concatenate(
-        [b["uids"].numpy()[b["weights"].numpy() > 0] for batches in ranks for b in batches if b["weights"].any()]
-    )
-    good = [row for row in range(len(source)) if row not in BAD]
-    assert uids.tobytes() == source.manifest.uids[good].tobytes()
-    errors = [error for batches in ranks for batch in batches for error in batch["errors"]]
-    assert [error["row"] for error in errors] == list(BAD) and {error["replaced_by"] for error in errors} == {None}
-
-
-def test_evaluation_workers_stay_between_passes_and_change_nothing(source):
-    encoder = SampleEncoder(transform=EvalTransform(spec=SPEC), tokenizer=ByteTokenizer())
-    loader = EvalLoader(source=source, encoder=encoder, batch_size=5, rank=0, world_size=1, num_workers=2)
-    passes = [[merged([batch]) for batch in loader] for _ in range(2)]
-    assert passes[0] == passes[1] == [merged([batch]) for batch in eval_batches(source, 0, 1, 5)]
-    batch = next(iter(loader))
-    assert batch["all_captions"][0] == ["picture 0"] and batch["metadata"][0]["label"] == 0
-
-
-_CHILD = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from test_pipeline import *
-source = ShardSource(shards=sys.argv[1])
-loader = loader_of(source, Selection.all(len(source)), workers=2, num_steps=10_000)
-stream = iter(loader)
-next(stream)
-import multiprocessing
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-while True:
-    next(stream)
-    time.sleep(0.01)
-"""
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_workers_leave_signals_to_the_trainer_and_die_with_it(tmp_path):
-    write_dataset(tmp_path, (20,))
-    command = [sys.executable, "-c", _CHILD, str(tmp_path), str(Path(__file__).parent)]
-    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
-    try:
-        workers = [int(pid) for pid in trainer.stdout.readline().split()]
-        assert len(workers) == 2
-        for sent, pid in itertools.product((signal.SIGINT, signal.SIGTERM), workers):
-            os.kill(pid, sent)
-        time.sleep(0.3)
-        assert all(map(_alive, workers)) and trainer.poll() is None
-        trainer.kill()
-        trainer.wait(timeout=10)
-        deadline = time.monotonic() + 10
-        while any(map(_alive, workers)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(map(_alive, workers))
-    finally:
-        trainer.kill()
-        trainer.stdout.close()

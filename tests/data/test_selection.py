@@ -77,5 +77,9 @@ def test_a_pickle_is_never_decoded(tmp_path):
 def test_a_selection_of_other_bits_has_another_fingerprint():
     one, other = np.ones(70, bool), np.ones(70, bool)
     other[69] = False
-    prints = {Selection.from_mask(one).fingerprint, Selection.from_mask(other).fingerprint, Selection.all(71).fingerprint}
+    prints = {
+        Selection.from_mask(one).fingerprint,
+        Selection.from_mask(other).fingerprint,
+        Selection.all(71).fingerprint,
+    }
     assert len(prints) == 3 and Selection.all(70).fingerprint in prints

@@ -78,7 +78,10 @@ def test_a_duplicate_key_keeps_the_first_sample(tmp_path):
     members = [*members_of("a", 0), *members_of("b", 1), *members_of("a", 2), *members_of("b", 3)]
     index = index_tar(write_tar(tmp_path / "a.tar", members))
     assert [sample.key for sample in index.samples] == ["a", "b"]
-    assert [(error["key"], error["reason"]) for error in index.errors] == [("a", "duplicate_key"), ("b", "duplicate_key")]
+    assert [(error["key"], error["reason"]) for error in index.errors] == [
+        ("a", "duplicate_key"),
+        ("b", "duplicate_key"),
+    ]
     twice = index_tar(write_tar(tmp_path / "b.tar", [*members_of("a", 0), *members_of("a", 1)]))
     assert len(twice.samples) == 1 and twice.errors[0]["reason"] == "duplicate_key"
 

@@ -107,7 +107,13 @@ def test_randomness_is_the_key_and_only_the_key():
         return keyed_generator(*key).random(4).tolist()
 
     assert draw(0, 1, UID, "image") == draw(0, 1, UID, "image")
-    keys = [(0, 1, UID, "image"), (1, 1, UID, "image"), (0, 2, UID, "image"), (0, 1, bytes(16), "image"), (0, 1, UID, "x")]
+    keys = [
+        (0, 1, UID, "image"),
+        (1, 1, UID, "image"),
+        (0, 2, UID, "image"),
+        (0, 1, bytes(16), "image"),
+        (0, 1, UID, "x"),
+    ]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     assert draw(0, 1, UID, "image")[0] == PINNED  # a release must not change the pixels of a run
 
@@ -121,14 +127,18 @@ def test_flip_and_colours():
     generator = keyed_generator(0, 0, UID, "image")
 
     def shown(**options):
-        return render(array, TrainTransform(spec=spec, scale=(1.0, 1.0), ratio=(1.0, 1.0), **options).plan(16, 16, generator))
+        return render(
+            array, TrainTransform(spec=spec, scale=(1.0, 1.0), ratio=(1.0, 1.0), **options).plan(16, 16, generator)
+        )
 
     assert np.array_equal(shown(), array)
     assert np.array_equal(shown(flip=1.0), array[:, ::-1])
     grey = shown(grayscale=1.0)
     luma = torch.from_numpy(array.copy()).permute(2, 0, 1)
     assert (grey[..., 0] == grey[..., 2]).all()
-    assert np.abs(grey[..., 0].astype(int) - v2.functional.rgb_to_grayscale(luma)[0].numpy()).max() <= 1  # they truncate
+    assert (
+        np.abs(grey[..., 0].astype(int) - v2.functional.rgb_to_grayscale(luma)[0].numpy()).max() <= 1
+    )  # they truncate
 
 
 @pytest.mark.parametrize("factors", [(0.7, 1.0, 1.0), (1.0, 1.4, 1.0), (1.0, 1.0, 0.6), (1.3, 0.8, 1.2)])

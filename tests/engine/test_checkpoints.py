@@ -34,6 +34,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000002", "step-00000003"]
 
 
+def test_going_back_removes_what_comes_after(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    checkpoints.retire_after(tmp_path, 1)
+    assert [checkpoints.step_of(path) for path in checkpoints.committed(tmp_path)] == [1]
+
+
 def test_an_unfinished_one_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
     good = save(tmp_path, 1)
     (checkpoints.begin(tmp_path, 2) / checkpoints.STATE).write_bytes(b"half")

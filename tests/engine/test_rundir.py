@@ -52,3 +52,5 @@ def test_finished_is_what_the_events_say(tmp_path: Path) -> None:
     assert not run.is_finished()
     run.event("finished", {"step": 3})
     assert run.is_finished()
+    run.event("resume", {"step": 2})
+    assert not run.is_finished()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,24 +115,28 @@ def drawings(size: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def top5_hits(tower: TimmVision, head: nn.Linear, images: Tensor) -> int:
-    labels = torch.tensor(list(EMOJI.values()))
+def recognised(tower: TimmVision, head: nn.Linear, images: Tensor) -> int:
+    """How many of 40 drawings score highest for their own class, each class standardised over the drawings.
+
+    Without that, classes that any drawing resembles ("envelope") hide what the network sees in this one.
+    """
     with torch.no_grad():
-        best = head(tower(Normalize(tower.image_spec)(images))).topk(5).indices
-    return int((best == labels[:, None]).any(dim=1).sum())
+        logits = head(tower(Normalize(tower.image_spec)(images)))[:, torch.tensor(list(EMOJI.values()))]
+    scores = (logits - logits.mean(dim=0)) / logits.std(dim=0)
+    return int((scores.argmax(dim=1) == torch.arange(len(scores))).sum())
 
 
 def test_efficientnet_really_classifies() -> None:
-    """Drawings are far from photographs: 8 of 40 in the top 5 of 1,000 classes; chance is 0.2 of 40."""
+    """Drawings are far from photographs: 23 of 40 are recognised, where chance is 1 and random weights gave 0 to 2."""
     tower = TimmVision(name="tf_efficientnet_lite0", checkpoint=LITE0, frozen=True)
     weights = torch.load(resolve_asset(LITE0), weights_only=True)
     head = nn.Linear(1280, 1000)
     head.load_state_dict({"weight": weights["_fc.weight"], "bias": weights["_fc.bias"]})
     assert tower.out_dim == 1280 and tower.image_spec.size == 224 and tower.image_spec.mean == (0.5, 0.5, 0.5)
     images = drawings(224)
-    assert top5_hits(tower, head, images) >= 6  # a tower read in another order scores as chance does:
-    nn.init.normal_(tower.network.conv_stem.weight)
-    assert top5_hits(tower, head, images) <= 2
+    assert recognised(tower, head, images) >= 20
+    torch.manual_seed(0)
+    assert recognised(TimmVision(name="tf_efficientnet_lite0", pretrained=False, frozen=True), head, images) <= 4
 
 
 def test_every_tensor_of_the_checkpoint_lies_where_its_name_says() -> None:

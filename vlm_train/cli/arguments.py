@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vlm_train.errors import ConfigError, nearest
 
 
+@dataclass(slots=True)
+class Arguments:
+    """What `parse` found: the values of each key in the order given, and the words that are config overrides."""
+
+    verb: str
+    values: dict[str, list[str]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+
+    def optional(self, key: str) -> str | None:
+        """The value of a key, None where it was not given."""
+        return self.values[key][0] if key in self.values else None
+
+    def required(self, key: str, *, example: str) -> str:
+        """The value of a key that must be there. Raises ConfigError."""
+        return self.all(key, example=example)[0]
+
+    def all(self, key: str, *, example: str) -> list[str]:
+        """The values of a repeatable key that must be there at least once. Raises ConfigError."""
+        if key not in self.values:
+            raise ConfigError(f"vlm-train {self.verb} needs {key}=...", allowed=example,
+                              remedy=f"vlm-train {self.verb} --help")  # fmt: skip
+        return self.values[key]
+
+    def count(self, key: str, default: int) -> int:
+        """The value of a key that counts something. Raises ConfigError below 1."""
+        text = self.optional(key)
+        if text is None:
+            return default
+        if not text.isdecimal() or int(text) < 1:
+            raise ConfigError(f"{key}= is no count", got=text, allowed="1, 2, 3, ...", remedy=f"{key}={default}")
+        return int(text)
+
+
 def parse(
-    words: Sequence[str], known: Mapping[str, str], *, verb: str, rest: bool = False
-) -> tuple[dict[str, str], list[str]]:
+    words: Sequence[str],
+    known: Mapping[str, str],
+    *,
+    verb: str,
+    repeatable: Collection[str] = (),
+    rest: bool = False,
+) -> Arguments:
     """Splits words into the known keys and, where `rest` allows it, config overrides. Raises ConfigError.
 
     Args:
-        words: `key=value` each.
+        words: `key=value` each; a value may hold further `=`.
         known: key -> what it means, for the message.
         verb: for the message.
+        repeatable: keys that may be given several times.
         rest: whether other `key=value` words are config overrides.
     """
-    values: dict[str, str] = {}
-    overrides: list[str] = []
+    found = Arguments(verb)
     for word in words:
         key, separator, value = word.partition("=")
         if separator and key in known:
-            values[key] = value
+            _add(found, key, value, key in repeatable)
         elif separator and rest:
-            overrides.append(word)
+            found.overrides.append(word)
         else:
             close = nearest(key, known)
             raise ConfigError(
@@ -34,11 +73,13 @@ def parse(
                 allowed=", ".join(f"{name}={meaning}" for name, meaning in known.items()),
                 remedy=f"{close[0]}=..." if close else f"vlm-train {verb} --help",
             )
-    return values, overrides
+    return found
 
 
-def required(values: Mapping[str, str], key: str, *, verb: str, example: str) -> str:
-    """The value of a key that must be there. Raises ConfigError."""
-    if not values.get(key):
-        raise ConfigError(f"vlm-train {verb} needs {key}=...", allowed=example)
-    return values[key]
+def _add(found: Arguments, key: str, value: str, is_repeatable: bool) -> None:
+    if not value:
+        raise ConfigError(f"{key}= has no value", got=f"{key}=", remedy=f"{key}=... or leave it out")
+    if key in found.values and not is_repeatable:
+        raise ConfigError(f"{key}= is given twice", got=f"{found.values[key][0]} and {value}", allowed="one value",
+                          remedy=f"leave out one {key}=")  # fmt: skip
+    found.values.setdefault(key, []).append(value)

@@ -14,7 +14,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,10 +26,8 @@ from vlm_train.schema import Config, check, flatten
 
 def compose_config(words: Sequence[str], *, checked: bool = True) -> DictConfig:
     """The config that these command-line words describe. Raises ConfigError."""
-    overrides, extra = _split_config_dir(words)
-    for word in overrides:
-        if "=" not in word and not word.startswith("~"):
-            raise ConfigError("not an override", got=word, allowed="group=choice or key=value", remedy=f"{word}=...")
+    given, extra = _split_config_dir(words)
+    overrides = [_readable(word) for word in given]
     search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
     try:
         config = _compose([*search, *overrides])
@@ -45,14 +44,33 @@ def _compose(overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         full = compose("train", overrides=overrides, return_hydra_config=True)
     choice = full.hydra.runtime.choices.get("experiment")
-    config = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+    config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
     if config.run.experiment is None:
         config.run.experiment = choice or "default"
     OmegaConf.resolve(config)
-    for key in config:  # `+key=value` can add to the root, where nothing would ever read it
+    for key in map(str, config):  # `+key=value` can add to the root, where nothing would ever read it
         if key not in Config.__dataclass_fields__:
             raise ConfigError(f"no such key: {key}", got=f"+{key}", allowed=", ".join(Config.__dataclass_fields__))
     return config
+
+
+def _readable(word: str) -> str:
+    """The word as Hydra's grammar reads it: a text that the grammar cannot read, like a brace pattern, is quoted."""
+    key, separator, value = word.partition("=")
+    if not separator and not word.startswith("~"):
+        raise ConfigError("not an override", got=word, allowed="group=choice or key=value", remedy=f"{word}=...")
+    try:
+        OverridesParser.create().parse_override(word)
+        return word
+    except HydraException:
+        if value.startswith(("[", "'", '"')):
+            raise ConfigError(
+                "an override cannot be parsed",
+                got=word,
+                allowed="key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"'",
+            ) from None
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
 
 
 def _split_config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
@@ -75,14 +93,10 @@ def _split_config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _explain(error: Exception, overrides: list[str], search: list[str]) -> ConfigError:
-    if isinstance(error, OverrideParseException):
-        return ConfigError(
-            "an override cannot be parsed", got=error.override, allowed="key=value; quote lists and spaces: 'key=[1,2]'"
-        )
     if isinstance(error, MissingConfigException) or "Could not find" in str(error):
         return _explain_choice(error)
     if "Ambiguous value" in str(error):
-        word = str(error).partition("'")[2].rpartition("'")[0].splitlines()[0]
+        word = str(error).splitlines()[0].partition("'")[2].rstrip("'")
         return ConfigError(
             "a comma outside quotes is ambiguous", got=word, allowed="'key=[a,b]' for a list, 'key=\"a,b\"' for a text"
         )

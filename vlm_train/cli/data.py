@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _choose(actions: dict[str, Callable[[list[str]], None]], name: str, verb: str) -> Callable[[list[str]], None]:
+def _choose(actions: Mapping[str, Callable[[list[str]], None]], name: str, verb: str) -> Callable[[list[str]], None]:
     if name not in actions:
         close = nearest(name, actions)
         raise ConfigError(f"{verb} does not know this", got=name, allowed=", ".join(actions),

@@ -69,12 +69,14 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
         return 0
     checkpoint = checkpoint or checkpoints.newest(run.checkpoints)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
+    build.prepare(config, run, fresh=step == 0, progress=LOG.info)
+    # from here on the run exists: what could be refused has been
     run.rewind(step)
+    checkpoints.retire_after(run.checkpoints, step)
     write_atomic(run.config, OmegaConf.to_yaml(config))
     point_latest(run)
     run.event("resume" if step else "start", {"step": step, "command": words, "ranks": config.trainer.devices})
-    LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
-    build.prepare(config, run, LOG.info)
     if config.trainer.devices > 1:
         code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
     else:

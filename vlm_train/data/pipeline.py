@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -82,10 +83,14 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the first step that has not been consumed."""
         first = self._consumed // self._spec.global_batch
-        for batch in _run(_loader(self._steps, range(first, self._spec.num_steps), self._num_workers)):
-            self._errors.add(batch)
-            self._consumed = (batch["step"] + 1) * self._spec.global_batch
-            yield batch
+        loader = _loader(self._steps, range(first, self._spec.num_steps), self._num_workers)
+        try:
+            for batch in _run(loader):
+                self._errors.add(batch)
+                self._consumed = (batch["step"] + 1) * self._spec.global_batch
+                yield batch
+        finally:
+            _stop(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: JSON, under 1 kB, the same on every rank."""
@@ -213,20 +218,39 @@ def _run(loader: DataLoader) -> Iterator[Batch]:
         yield item
 
 
+def _stop(loader: DataLoader) -> None:
+    """Ends the workers now. torch does it when the iterator is collected, which takes it seconds after an exception."""
+    iterator = loader._iterator
+    loader._iterator = None
+    if iterator is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def _identity(item: Any) -> Any:
     return item
 
 
 class _WorkerStart:
-    """First act of a worker: leave signals to the trainer, use one thread, and never outlive the trainer."""
+    """First act of a worker: take signals from the trainer alone, use one thread, and never outlive the trainer.
+
+    A scheduler or a terminal signals every process of a job; what follows from that is for the trainer to decide. But a
+    worker that ignored SIGTERM altogether would hang the trainer's exit, where Python terminates and joins it.
+    """
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored signal would not be kept for `sigwaitinfo`
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=self._obey, daemon=True).start()
         torch.set_num_threads(1)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.parent:  # it died before the line above
             os._exit(1)
+
+    def _obey(self) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self.parent:
+            pass
+        os._exit(0)

@@ -3,7 +3,8 @@
 A transform first *plans* from the displayed size alone (which box, how large, flipped or not), so that the decoder can
 skip what the plan does not need, and then *renders* the decoded pixels. Crop and resize are one antialiased bicubic
 pass over uint8: torch's vectorised port of Pillow's kernel, equal to it within one grey level at about a fifth of the
-time (Pillow 13 resizes the rows of a tall image first, so there the clipped overshoot may fall elsewhere). No mean, no standard deviation: images travel as uint8 and the tower normalises.
+time (Pillow 13 resizes the rows of a tall image first, so there the clipped overshoot may fall elsewhere). No mean, no
+standard deviation: images travel as uint8 and the tower normalises.
 
 Randomness comes only from a Philox generator keyed by (seed, epoch, uid, stage), and only through its uniform doubles:
 the same sample in the same epoch has the same pixels on any worker of any rank after any restart.

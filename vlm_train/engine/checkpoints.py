@@ -103,6 +103,13 @@ def newest(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
     return None
 
 
+def retire_after(folder: Path, step: int) -> None:
+    """Removes checkpoints beyond `step`: a run that goes on from there will write them anew."""
+    for path in committed(folder):
+        if step_of(path) > step:
+            _retire(path)
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

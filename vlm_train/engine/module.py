@@ -66,7 +66,7 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step. Returns `row`, python numbers: loss, lr, grad_norm and the objective's metrics."""
         step = batch["step"]
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         factor = self.schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -85,7 +85,7 @@ class TrainingModule(lightning.LightningModule):
         return {"row": {name: float(value) for name, value in row.items()}}  # a tensor named loss would be Lightning's
 
     def _backward(self, scalar: Tensor, is_last: bool) -> None:
-        wrapper = self.trainer.strategy.model
+        wrapper: Any = self.trainer.strategy.model
         if is_last or not hasattr(wrapper, "no_sync"):
             self.manual_backward(scalar)
         else:
@@ -107,7 +107,8 @@ class TrainingModule(lightning.LightningModule):
         """averaged += (1 - decay) * (weights - averaged), after the clamp, so the average is of weights that were used."""
         if self.averaged_model is None or self.optim.ema_decay is None:
             return
-        averages, weights = list(self.averaged_model.parameters()), list(self.model.parameters())
+        averages: list[Tensor] = list(self.averaged_model.parameters())
+        weights: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - self.optim.ema_decay)
         for average, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)

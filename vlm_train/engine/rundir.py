@@ -50,8 +50,9 @@ class RunDirectory:
                 write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def is_finished(self) -> bool:
-        """Whether the run reached its last step."""
-        return any(row["event"] == "finished" for row in read_lines(self.events))
+        """Whether the run reached its last step and was not taken up again since."""
+        turns = [row["event"] for row in read_lines(self.events) if row["event"] in ("start", "resume", "finished")]
+        return bool(turns) and turns[-1] == "finished"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -116,7 +116,7 @@ class GradientStep:
         features = {key: torch.cat([part[key] for part in cached]) for key in cached[0]}
         for value in features.values():
             value.requires_grad_(value.is_floating_point())
-        parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        parameters: list[Tensor] = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         inputs = [value for value in features.values() if value.requires_grad]
         output = objective.loss(features)
         gradients = torch.autograd.grad(output.sum * scale, inputs + parameters, allow_unused=True)
