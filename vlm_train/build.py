@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from vlm_train.data.captions import iter_captions
+from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.manifest import open_manifest
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.pipeline import EvalLoader, SampleEncoder, StreamSpec, TrainLoader
@@ -36,6 +37,7 @@ from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.module import TrainingModule
+from vlm_train.engine.report import write_report
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.wandb import WandbSink
@@ -170,7 +172,7 @@ def train(directory: Path, checkpoint: Path | None) -> None:
     suite = evaluation_suite(parts, placement)
     module = training_module(parts, placement)
     sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
-    trainer = lightning_trainer(config, placement, callbacks(config, run, suite, sinks))
+    trainer = lightning_trainer(config, placement, callbacks(parts, run, suite, sinks))
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
         trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
@@ -178,6 +180,7 @@ def train(directory: Path, checkpoint: Path | None) -> None:
         sink.close()
     if placement.rank == 0:
         run.event("finished", {"step": config.trainer.max_steps})
+        write_report(run)
 
 
 def training_module(parts: Parts, placement: Placement) -> TrainingModule:
@@ -200,16 +203,17 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
     )
 
 
-def callbacks(
-    config: DictConfig, run: RunDirectory, suite: EvaluationSuite, sinks: list[Any]
-) -> list[lightning.Callback]:
-    """In the order in which they act after a step: record, measure, save."""
+def callbacks(parts: Parts, run: RunDirectory, suite: EvaluationSuite, sinks: list[Any]) -> list[lightning.Callback]:
+    """In the order in which they act after a step: record, measure, draw, save."""
+    config = parts.config
     num_steps = config.trainer.max_steps
     every_steps, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    gallery = ShardGallery(shards=_plain(config.data.val.shards)).pixels
     recorder = Recorder(run=run, global_batch=config.trainer.global_batch, num_steps=num_steps, sinks=sinks)
     return [
         recorder,
         Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
+        Pictures(run=run, suite=suite, image=parts.model.image_spec, gallery=gallery),
         Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
         StepEnd(recorder),
     ]

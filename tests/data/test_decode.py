@@ -47,7 +47,7 @@ def test_a_jpeg_shrinks_while_decoding_but_never_below_what_is_needed():
     assert image.decode(min_width=51, min_height=40).shape == (81, 100, 3)
     image = open_image(encoded(pixels(0, 200, 160), quality=90))
     mean = image.decode().mean((0, 1)) - image.decode(min_width=25, min_height=20).mean((0, 1))
-    assert np.abs(mean).max() < 1  # measured 0.3: the same picture
+    assert np.abs(mean).max() < 1  # measured 0.1: the same picture
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -107,7 +107,7 @@ def test_the_first_frame_of_an_animation():
 def test_cmyk_grey_and_16_bit():
     array = pixels(0, 32, 32)
     cmyk = saved(Image.fromarray(array).convert("CMYK"), "JPEG", quality=95)
-    assert np.abs(open_image(cmyk).decode().astype(int) - array).mean() < 6  # measured 2.4
+    assert np.abs(open_image(cmyk).decode().astype(int) - array).mean() < 2  # measured 0.4
     grey = saved(Image.fromarray(array).convert("L"), "JPEG")
     shown = open_image(grey).decode()
     assert shown.shape == (32, 32, 3) and (shown[..., 0] == shown[..., 2]).all()

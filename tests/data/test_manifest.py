@@ -8,6 +8,7 @@ import pytest
 from data_fixtures import encoded, members_of, pixels, write_dataset, write_tar
 
 from vlm_train.data import decode
+from vlm_train.data import manifest as manifest_module
 from vlm_train.data.decode import sample_uid
 from vlm_train.data.manifest import FOLDER, SCHEMA, expand_shards, index_shard, open_manifest
 from vlm_train.errors import DataError
@@ -129,6 +130,13 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(tmp_path, monke
     assert manifest.parts[0].is_relative_to(tmp_path / "cache/vlm-train/manifests")
     seen: list[str] = []
     assert open_manifest(str(tmp_path / "data"), progress=seen.append).fingerprint == manifest.fingerprint and not seen
+
+
+def test_many_processes_give_the_same_manifest(tmp_path, monkeypatch):
+    alone = open_manifest(str(write_dataset(tmp_path / "alone", (4, 3, 2))))
+    write_dataset(tmp_path / "together", (4, 3, 2))
+    monkeypatch.setattr(manifest_module, "_BYTES_PER_WORKER", 1)
+    assert open_manifest(str(tmp_path / "together")).fingerprint == alone.fingerprint
 
 
 def _index(folder, start, queue):

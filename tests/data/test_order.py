@@ -77,8 +77,8 @@ def test_every_sample_reaches_every_place_equally_often():
 def test_neighbours_in_a_shard_are_not_neighbours_in_the_stream():
     order = epoch_of(order_of([500] * 4))
     steps = np.abs(np.diff(order))
-    assert (steps == 1).mean() < 0.01  # file order would give 1.0
-    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1  # standard error 0.022
+    assert (steps == 1).mean() < 0.01  # measured 0.001; file order would give 1.0
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1  # measured 0.003; standard error 0.022
 
 
 @settings(max_examples=60, deadline=None)

@@ -243,9 +243,12 @@ def test_a_tokenizer_that_adds_nothing_gets_its_end_token(tmp_path):
 def test_errors_say_what_to_do(tmp_path, saved):
     with pytest.raises(DataError, match="no end token"):
         HuggingFaceTokenizer(path=str(small(tmp_path / "none", template="$A", pad_token="<pad>")), context_length=8)
-    with pytest.raises(DataError, match="cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match="not where the config says") as caught:
         HuggingFaceTokenizer(path=str(tmp_path / "missing"), context_length=8)
     assert caught.value.remedy
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        HuggingFaceTokenizer(path=str(tmp_path / "empty"), context_length=8)
     with pytest.raises(DataError, match="no tokenizer of ours"):
         load_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(DataError, match="cannot be read"):

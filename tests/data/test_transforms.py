@@ -65,7 +65,7 @@ def test_shrinking_in_the_decoder_changes_little():
     small = image.decode(min_width=plan.min_decoded[0], min_height=plan.min_decoded[1])
     assert small.shape == (100, 128, 3)
     difference = np.abs(render(small, plan).astype(int) - render(image.decode(), plan))
-    assert difference.mean() < 1 and difference.max() <= 12  # measured 0.4 and 3 on a smooth picture
+    assert difference.mean() < 1 and difference.max() <= 6  # measured 0.3 and 2, a smooth picture
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,7 +98,7 @@ def test_the_distribution_of_boxes_is_torchvisions():
     theirs = np.array([[params[name] for name in ("left", "top", "width", "height")] for params in drawn])
     ours = np.array([transform.plan(100, 60, keyed_generator(0, i, UID, "image")).box for i in range(num)])
     error = np.sqrt((ours.var(0) + theirs.var(0)) / num)
-    assert (np.abs(ours.mean(0) - theirs.mean(0)) / error).max() < 4  # standard errors; measured at most 1.6
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) / error).max() < 4  # standard errors; measured at most 1.0
     assert np.abs(ours.std(0) / theirs.std(0) - 1).max() < 0.06  # measured 0.02
 
 
@@ -149,7 +149,7 @@ def test_colours_are_torchvisions(factors):
     theirs = v2.functional.adjust_contrast(theirs, factors[1])
     theirs = v2.functional.adjust_saturation(theirs, factors[2])
     difference = _recolour(array, factors) - (theirs * 255).permute(1, 2, 0).numpy()
-    assert np.abs(difference).max() < 0.6  # measured 0.54: half a level of rounding, and 0.2989 against 0.299
+    assert np.abs(difference).max() < 0.6  # measured 0.502: half a level is the rounding to uint8
 
 
 @pytest.mark.parametrize("wrong", [{"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}, {"flip": 2.0}])

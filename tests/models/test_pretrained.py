@@ -43,7 +43,7 @@ def tokenizer(cache: object) -> HuggingFaceTokenizer:
 
 @pytest.fixture(scope="module")
 def minilm(tokenizer: HuggingFaceTokenizer) -> HuggingFaceText:
-    return HuggingFaceText(spec=tokenizer.spec, path=MINILM, frozen=True)
+    return HuggingFaceText(spec=tokenizer.spec, path=MINILM).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def recognised(tower: TimmVision, head: nn.Linear, images: Tensor) -> int:
 
 def test_efficientnet_really_classifies() -> None:
     """Drawings are far from photographs: 23 of 40 are recognised, where chance is 1 and random weights gave 0 to 2."""
-    tower = TimmVision(name="tf_efficientnet_lite0", checkpoint=LITE0, frozen=True)
+    tower = TimmVision(name="tf_efficientnet_lite0", checkpoint=LITE0).requires_grad_(False)
     weights = torch.load(resolve_asset(LITE0), weights_only=True)
     head = nn.Linear(1280, 1000)
     head.load_state_dict({"weight": weights["_fc.weight"], "bias": weights["_fc.bias"]})
@@ -136,7 +136,7 @@ def test_efficientnet_really_classifies() -> None:
     images = drawings(224)
     assert recognised(tower, head, images) >= 20
     torch.manual_seed(0)
-    assert recognised(TimmVision(name="tf_efficientnet_lite0", pretrained=False, frozen=True), head, images) <= 4
+    assert recognised(TimmVision(name="tf_efficientnet_lite0", pretrained=False).requires_grad_(False), head, images) <= 4
 
 
 def test_every_tensor_of_the_checkpoint_lies_where_its_name_says() -> None:
@@ -184,7 +184,7 @@ def test_an_unreachable_hub_names_the_local_path(monkeypatch: pytest.MonkeyPatch
 
 def test_a_frozen_tower_stays_in_evaluation_mode_without_a_graph() -> None:
     torch.manual_seed(0)
-    tower = TimmVision(name="tf_efficientnet_lite0", pretrained=False, frozen=True)
+    tower = TimmVision(name="tf_efficientnet_lite0", pretrained=False).requires_grad_(False)
     model = DualEncoder(
         vision=tower, text=HuggingFaceText(spec=SPEC, path=MINILM, pretrained=False), embed_dim=8
     ).train()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm_train.cli.paths import conf_dir, groups, headline
+from vlm_train.cli.tables import describe
 from vlm_train.errors import ConfigError
 from vlm_train.log import get_logger
 
@@ -91,29 +91,11 @@ def summary(run: Any) -> str:
     """Where the run lies, what it measured, and what to do next."""
     lines = ["", f"trained: {run.path}"]
     for path in sorted(run.evals.glob("*.json")):
-        lines += [f"  {path.stem}", *describe(json.loads(path.read_text()))]
+        lines += ["", *describe(path.stem, json.loads(path.read_text()))]
     if run.report.exists():
-        lines.append(f"  report: {run.report}")
+        lines += ["", f"report: {run.report}"]
     lines.append(f'next: vlm-train predict run={run.path} text="..." images=FOLDER out=grid.png')
     return "\n".join(lines)
-
-
-def describe(result: Mapping[str, Any], indent: str = "    ") -> list[str]:
-    """A result as aligned lines; nested results one level deep."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            inner = "  ".join(
-                f"{name} {_number(number)}" for name, number in value.items() if not isinstance(number, list | dict)
-            )
-            lines.append(f"{indent}{key:16}{inner}")
-        elif not isinstance(value, list):
-            lines.append(f"{indent}{key:16}{_number(value)}")
-    return lines
-
-
-def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

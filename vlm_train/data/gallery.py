@@ -1,7 +1,7 @@
 """Pictures to look at or to search in: a folder of images, or shards; opened one at a time, by number.
 
 A gallery decodes nothing by itself: what a picture becomes (the square of a tower, a tile of a grid) is its reader's
-choice. Names are for people: a path below the folder, or the key of a sample.
+choice. Names are for people: a path below the folder, or the key and caption of a sample.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vlm_train.data.decode import EncodedImage, first_image, open_image
+from vlm_train.data.decode import EncodedImage, decode_captions, decode_metadata, first_image, open_image
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
@@ -76,8 +76,12 @@ class ShardGallery:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """Key of the sample."""
-        return self.keys[index]
+        """Key and first caption of the sample."""
+        try:
+            parts = self.source.read(index).parts
+            return f"{self.keys[index]} {decode_captions(parts, decode_metadata(parts))[0]}"
+        except (DataError, OSError):
+            return self.keys[index]
 
     def open(self, index: int) -> EncodedImage:
         """See `Gallery.open`."""

@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.data import decode, tar
+from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.patterns import expand_shards
 from vlm_train.errors import DataError
 from vlm_train.log import get_logger
@@ -40,6 +42,7 @@ FOLDER = "_manifest"
 Progress = Callable[[str], None]
 """Called with one line for each shard that was indexed."""
 
+_BYTES_PER_WORKER = 1 << 28  # a process is started for what takes it seconds to index, not for less
 _MAX_LENGTH = (1 << 31) - (1 << 12)  # the most that one `pread` returns on Linux
 _PART = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
@@ -85,8 +88,12 @@ class Manifest:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of all parts in order; a column that some parts lack is null there."""
-        tables = [pq.read_table(part, columns=_present(part, columns)) for part in self.parts]
-        return pa.concat_tables(tables, promote_options="default")
+
+        def read(part: Path) -> pa.Table:
+            names = pq.read_schema(part).names
+            return pq.read_table(part, columns=[name for name in columns or names if name in names])
+
+        return pa.concat_tables(map(read, self.parts), promote_options="default")
 
 
 def open_manifest(patterns: str | Sequence[str], progress: Progress | None = None) -> Manifest:
@@ -117,22 +124,18 @@ def index_shard(path: Path) -> tuple[pa.Table, list[dict[str, str]]]:
     with open(path, "rb", buffering=0) as file:
         for sample in index.samples:
             try:
-                if sample.length > _MAX_LENGTH:
-                    raise decode.SampleError("sample_too_large", got=f"{sample.length} bytes")
-                rows.append(_describe(sample, path.name, os.pread(file.fileno(), sample.length, sample.offset)))
-            except decode.SampleError as error:
+                rows.append(_describe(sample, path.name, file.fileno()))
+            except (decode.SampleError, tar.TarFormatError) as error:
                 index.errors.append({"shard": path.name, "key": sample.key, "reason": error.reason})
     if not rows:
         raise tar.no_usable_sample(path, index.errors, index.num_ignored)
     return pa.Table.from_pylist(rows, schema=SCHEMA), index.errors
 
 
-def _describe(sample: tar.TarSample, shard: str, chunk: bytes) -> dict[str, Any]:
-    if len(chunk) != sample.length:
-        raise decode.SampleError("shard_changed", got=f"{len(chunk)} of {sample.length} bytes")
-    contents = {
-        part.name: chunk[part.offset - sample.offset : part.offset - sample.offset + part.size] for part in sample.parts
-    }
+def _describe(sample: tar.TarSample, shard: str, descriptor: int) -> dict[str, Any]:
+    if sample.length > _MAX_LENGTH:
+        raise decode.SampleError("sample_too_large", got=f"{sample.length} bytes")
+    _, contents = tar.read_parts(os.pread(descriptor, sample.length, sample.offset))
     image = decode.open_image(decode.first_image(contents))
     metadata = decode.decode_metadata(contents)
     captions = decode.decode_captions(contents, metadata)
@@ -161,10 +164,15 @@ def _up_to_date(folder: Path, shards: list[Path], progress: Progress | None) -> 
     with _lock(home):
         root = _read_root(home)
         stale = _stale(home, root, shards)
-        for number, shard in enumerate(stale, 1):
-            root[shard.name] = _write_part(home, shard, root.get(shard.name))
+        total = sum(shard.stat().st_size for shard in stale)
+        num_workers = min(len(os.sched_getaffinity(0)), 1 + total // _BYTES_PER_WORKER)
+        entries = map_in_processes(partial(_write_part, home), stale, num_workers=num_workers, chunk_size=1)
+        for number, (shard, entry) in enumerate(zip(stale, entries, strict=True), 1):
+            root[shard.name] = entry
             content = json.dumps({"version": VERSION, "shards": root}, indent=1, sort_keys=True)
             _write(home / "root.json", content.encode())
+            if entry["errors"]:
+                log.warning("%s: %d samples left out, first %s", shard, len(entry["errors"]), entry["errors"][0])
             if progress is not None:
                 progress(f"indexed {shard.name}, {number} of {len(stale)} in {folder}")
     return home, root
@@ -218,19 +226,16 @@ def _lock(home: Path) -> Iterator[None]:
         yield  # closing the file lets go of the lock
 
 
-def _write_part(home: Path, shard: Path, old: dict[str, Any] | None) -> dict[str, Any]:
+def _write_part(home: Path, shard: Path) -> dict[str, Any]:
     """Indexes a shard and writes its part; returns its entry in root.json."""
     stat = shard.stat()  # before reading: a shard that changes meanwhile is stale at the next look
     table, errors = index_shard(shard)
     part = home / f"{shard.name.removesuffix('.tar')}.parquet"
-    if old is not None and part.is_file():
-        table = _keep_columns(table, part)
+    table = _keep_columns(table, part)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     _write(part, content)
-    if errors:
-        log.warning("%s: %d samples left out, the first: %s", shard.name, len(errors), errors[0])
     return {
         "part": part.name,
         "sha256": _sha256(content),
@@ -242,7 +247,7 @@ def _write_part(home: Path, shard: Path, old: dict[str, Any] | None) -> dict[str
 
 
 def _keep_columns(table: pa.Table, part: Path) -> pa.Table:
-    """Carries columns that are not ours over from an older part, to the rows whose content is still the same."""
+    """Carries columns that are not ours over from an older part, if any, to the rows whose content is the same."""
     try:
         old = pq.read_table(part)
     except (OSError, pa.ArrowInvalid):
@@ -276,10 +281,6 @@ def _load(shards: list[Path], entries: list[tuple[Path, dict[str, Any]]]) -> Man
         fingerprint=_sha256("".join(entry["sha256"] for _, entry in entries).encode()),
         errors=[error for _, entry in entries for error in entry["errors"]],
     )
-
-
-def _present(part: Path, columns: Sequence[str] | None) -> list[str] | None:
-    return None if columns is None else [name for name in columns if name in pq.read_schema(part).names]
 
 
 def _write(path: Path, content: bytes) -> None:

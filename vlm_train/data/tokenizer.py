@@ -26,6 +26,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from vlm_train.data.writer import write_atomically
+from vlm_train.assets import resolve_asset
 from vlm_train.errors import ConfigError, DataError
 from vlm_train.types import TextSpec, Tokenizer
 
@@ -42,13 +43,14 @@ class BytePairTokenizer:
     Args:
         definition: the content of a `tokenizer.json`.
         context_length: T; longer texts are cut so that the end token stays.
+        pad_to_max: the tower reads a fixed position (SigLIP), so batches must not be trimmed.
 
     Raises:
         DataError: `definition` is damaged or was not made by `train`.
         ConfigError: `context_length` below 3.
     """
 
-    def __init__(self, *, definition: str, context_length: int) -> None:
+    def __init__(self, *, definition: str, context_length: int, pad_to_max: bool = False) -> None:
         self._definition = definition
         self._tokenizer, (pad_id, bos_id, eos_id) = _parsed(definition)
         self._tokenizer.encode_special_tokens = True  # not kept in the file; transformers: split_special_tokens
@@ -60,10 +62,13 @@ class BytePairTokenizer:
             pad_id=pad_id,
             bos_id=bos_id,
             eos_id=eos_id,
+            pad_to_max=pad_to_max,
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int = 8192, context_length: int = 32) -> BytePairTokenizer:
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int = 8192, context_length: int = 32, pad_to_max: bool = False
+    ) -> BytePairTokenizer:
         """Learns the merges from `texts`; the same texts in any order give the same tokenizer.
 
         A small corpus may hold fewer merges than asked for: `spec.vocab_size` is what was really reached.
@@ -92,7 +97,7 @@ class BytePairTokenizer:
         tokenizer.add_special_tokens([PAD, BOS, EOS])
         ends = [(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ends)
-        return cls(definition=tokenizer.to_str(), context_length=context_length)
+        return cls(definition=tokenizer.to_str(), context_length=context_length, pad_to_max=pad_to_max)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids [B, T] int64 and mask [B, T] bool, True on real tokens; T = context_length."""
@@ -122,7 +127,11 @@ class BytePairTokenizer:
         _save_spec("byte_pair", self.spec, directory)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"definition": self._definition, "context_length": self.spec.context_length}
+        return {
+            "definition": self._definition,
+            "context_length": self.spec.context_length,
+            "pad_to_max": self.spec.pad_to_max,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -136,7 +145,7 @@ class HuggingFaceTokenizer:
     has none (GPT-2). Code that comes with a tokenizer is not run.
 
     Args:
-        path: a local directory, or a name on the hub.
+        path: a local directory, a name on the hub, or `package:NAME` (see assets.py).
         context_length: T.
         pad_to_max: the tower reads a fixed position (SigLIP), so batches must not be trimmed.
 
@@ -148,7 +157,7 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(resolve_asset(path), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"the tokenizer `{path}` cannot be loaded",
@@ -215,7 +224,7 @@ def load_tokenizer(directory: str) -> Tokenizer:
             allowed=f"a directory with {SPEC_FILE} and tokenizer.json",
             remedy="for a tokenizer from elsewhere, use HuggingFaceTokenizer with its path",
         ) from error
-    return BytePairTokenizer(definition=definition, context_length=length)
+    return BytePairTokenizer(definition=definition, context_length=length, pad_to_max=pad_to_max)
 
 
 def _parsed(definition: str) -> tuple[tokenizers.Tokenizer, list[int]]:

@@ -16,14 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 2
 WHITE, INK, MUTED, LINE, PANEL = "#ffffff", "#1f2328", "#656d76", "#d0d7de", "#f6f8fa"
-GREEN, GREY, BLUE = "#1a7f37", "#c4cad1", "#3267c6"
-# matplotlib's viridis at nine places, between which `heat` goes straight
-_HEAT = np.array(
-    [
-        [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
-        [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
-    ]
-)  # fmt: skip
+GREEN, GREY, BLUE, ORANGE = "#1a7f37", "#c4cad1", "#3267c6", "#e8590c"
+# white to dark blue, evenly darker from place to place, between which `heat` goes straight
+_HEAT = np.array([[247, 250, 253], [203, 221, 240], [146, 186, 222], [84, 142, 197], [35, 93, 158], [10, 44, 92]])
 
 
 class Canvas:
@@ -99,7 +94,7 @@ class Canvas:
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Values 0..1 of any shape to uint8 RGB [..., 3], dark to bright evenly for every kind of sight (viridis)."""
+    """Values 0..1 of any shape to uint8 RGB [..., 3], pale to dark."""
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(values, stops, _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

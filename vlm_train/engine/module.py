@@ -48,6 +48,7 @@ class TrainingModule(lightning.LightningModule):
         self.model, self.objective = model, objective
         self.optim, self.schedule = optim, schedule
         optim.apply_frozen(self)
+        self.train()  # towers that are now frozen go into evaluation mode
         # a child module, so that checkpoints, devices and (later) sharding treat it like the weights it averages
         self.averaged_model = copy.deepcopy(model).requires_grad_(False) if optim.ema_decay else None
         self.gradient_step = GradientStep(model=model, objective=objective, plan=plan)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 `first_batch` shows the images after augmentation, each with its caption decoded back from the ids that the model reads:
 most data bugs are visible here, before anything is spent. `similarity` shows the first validation pairs against each
-other: a model that knows something has a bright diagonal. `search_grid` shows what texts find.
+other: a model that knows something has a dark diagonal. `search_grid` shows what texts find.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from vlm_train.engine.batch_statistics import BatchStatistics, batch_statistics
-from vlm_train.engine.canvas import BLUE, GREEN, GREY, INK, LINE, MUTED, PANEL, WHITE, Canvas, text_width, wrap
+from vlm_train.engine.canvas import BLUE, GREEN, GREY, INK, LINE, MUTED, ORANGE, PANEL, Canvas, text_width, wrap
 from vlm_train.evaluation.retrieval import RetrievalExamples
 from vlm_train.types import Batch, ImageSpec, Tokenizer
 
@@ -110,8 +110,10 @@ def similarity(examples: RetrievalExamples, pixels: Pixels, *, subtitle: str) ->
     top = _HEAD + labels
     canvas = Canvas(width=left + num * cell + 150 + _EDGE, height=top + num * cell + _EDGE)
     _heading(canvas, "Images against captions", subtitle)
-    low, high = float(matrix.min()), float(matrix.max())
-    canvas.heat_map((left, top), cell, (matrix - low) / max(high - low, 1e-12))
+    diagonal = float(matrix.diagonal().mean())
+    others = (float(matrix.sum()) - float(matrix.trace())) / max(num * (num - 1), 1)
+    limits = min(others, float(matrix.max())), float(matrix.max())  # below the average wrong pair all is pale
+    canvas.heat_map((left, top), cell, (matrix - limits[0]) / max(limits[1] - limits[0], 1e-12))
     for number, (key, caption) in enumerate(zip(examples.keys, examples.captions, strict=True)):
         offset = number * cell
         short = wrap(caption, labels - 12, 10, 1)[0]
@@ -119,10 +121,9 @@ def similarity(examples: RetrievalExamples, pixels: Pixels, *, subtitle: str) ->
         canvas.tile((left - cell - 2, top + offset + 0.5), cell - 1, pixels.get(key), weight=0.5)
         name = wrap(caption, left - cell - 10 - _EDGE, 10, 1)[0]
         canvas.text((left - cell - 8, top + offset + cell / 2), name, size=10, colour=MUTED, anchor="rm")
-        canvas.box((left + offset, top + offset), (cell, cell), line=WHITE, weight=1.5)
-    _scale_bar(canvas, (left + num * cell + 24, top), (low, high))
-    diagonal = float(matrix.diagonal().mean())
-    others = (float(matrix.sum()) - float(matrix.trace())) / max(num * (num - 1), 1)
+        canvas.box((left + offset, top + offset), (cell, cell), line=ORANGE, weight=1.5)
+    canvas.box((left, top), (num * cell, num * cell), line=LINE)
+    _scale_bar(canvas, (left + num * cell + 24, top), limits)
     for row, (name, value) in enumerate((("right pairs", diagonal), ("wrong pairs", others))):
         place = (left + num * cell + 24, top + 250 + 44 * row)
         canvas.text(place, name, size=11, colour=MUTED)
@@ -134,7 +135,7 @@ def _scale_bar(canvas: Canvas, at: tuple[float, float], limits: tuple[float, flo
     canvas.text((at[0], at[1]), "cosine", size=11, colour=MUTED)
     canvas.heat_map((at[0], at[1] + 20), 2, np.repeat(np.linspace(1, 0, round(height / 2))[:, None], 8, axis=1))
     canvas.text((at[0] + 24, at[1] + 20), f"{limits[1]:+.2f}", size=11)
-    canvas.text((at[0] + 24, at[1] + 20 + height), f"{limits[0]:+.2f}", size=11, anchor="ls")
+    canvas.text((at[0] + 24, at[1] + 20 + height), f"≤ {limits[0]:+.2f}", size=11, anchor="ls")
 
 
 def retrieval_grid(examples: RetrievalExamples, pixels: Pixels, *, subtitle: str) -> Canvas:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from html import escape
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ Rows = list[dict[str, Any]]
 _NUM_ERRORS_SHOWN = 5
 _PLACE_COLUMNS = ("step", "samples")
 _TITLES = {
-    "lr": "Learning rate", "grad_norm": "Gradient norm", "logit_scale": "Temperature (scale on the cosine)",
+    "lr": "Learning rate", "grad_norm": "Gradient norm", "logit_scale": "Scale (1 / temperature)",
     "logit_bias": "Bias", "samples_per_second": "Samples per second", "data_wait": "Waiting for data",
     "mfu": "Model FLOP utilisation",
 }  # fmt: skip
@@ -46,19 +47,19 @@ def render_report(run: RunDirectory) -> str:
         page.section(
             "What texts find",
             page.picture(media / "retrieval_grid.png", "Validation captions, each with the five images that the model "
-                         "ranks highest; the right image has a green frame", wide=True),  # fmt: skip
+                         "ranks highest; the right image has a green frame"),  # fmt: skip
         ),
         page.section("Training", _training_charts(metrics, _restarts(events))),
         page.section("Evaluation over steps", _evaluation_charts(history)),
         page.section(
             "Images against captions",
             page.picture(media / "similarity.png", "Matrix of the cosines between the first validation images and "
-                         "captions; right pairs lie on the outlined diagonal", wide=True),  # fmt: skip
+                         "captions; right pairs lie on the outlined diagonal"),  # fmt: skip
         ),
         page.section(
             "First batch",
             page.picture(media / "first_batch.png", "The first training images after augmentation with the captions that "
-                         "their tokens spell, and statistics of pixels and tokens", wide=True),  # fmt: skip
+                         "their tokens spell, and statistics of pixels and tokens"),  # fmt: skip
         ),
         page.section("Data errors", _data_errors(run)),
         page.section("Records", _folded_records(config, events)),
@@ -78,11 +79,9 @@ def _header(config: Mapping[str, Any], events: Rows, metrics: Rows, history: Row
     lead += [("parameters", _short(machine["num_parameters"]))] if machine else []
     lead += [("samples seen", _short(last["samples"]))] if last else []
     lead += [("duration", _duration(_seconds(events)))] if events else []
-    run = config["run"]
-    # the name of the experiment and of the run are free text of a user
-    heading = page.escape(str(run["experiment"])), page.escape(str(run["id"]))
+    experiment, name = escape(str(config["run"]["experiment"])), escape(str(config["run"]["id"]))
     return (
-        f'<div class="brand">vlm-train report</div><h1>{heading[0]} <small>{heading[1]}</small></h1>'
+        f'<div class="brand">vlm-train report</div><h1>{experiment} <small>{name}</small></h1>'
         f'<span class="pill {kind}">{status}</span>{page.tiles(lead)}{page.facts(_facts(config, events, machine))}'
     )
 
@@ -101,7 +100,7 @@ def _facts(config: Mapping[str, Any], events: Rows, machine: Mapping[str, Any]) 
     yield "Steps", f"{trainer['max_steps']:,} of {trainer['global_batch']:,} samples"
     yield "Optimiser", f"{_class(config['optim'])}, peak rate {number(config['optim']['lr'])}, {_class(config['schedule'])}"
     yield "Precision", str(config["precision"]["name"])
-    yield "Machine", f"{machine.get('num_ranks', 1)} x {machine['device']}" if machine else ""
+    yield "Machine", f"{machine.get('num_ranks', 1)} x {machine['device']}, {machine['num_cores']} cores" if machine else ""
     yield "Versions", ", ".join(f"{name} {text}" for name, text in versions.items())
     yield "Restarts", f"{num_restarts}" if num_restarts else "none"
     yield "Seed", str(config["seed"])

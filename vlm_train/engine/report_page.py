@@ -26,7 +26,7 @@ h2{font-size:19px;margin:36px 0 12px}
 .card,figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:0}
 .lead{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 12px}
 .lead div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-.lead b{display:block;font-size:25px;line-height:1.2;font-variant-numeric:tabular-nums}
+.lead b{display:block;white-space:nowrap;font-size:25px;line-height:1.2;font-variant-numeric:tabular-nums}
 .lead span{color:var(--muted);font-size:13px}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:12px 24px;margin:0}
 dt{color:var(--muted);font-size:13px}
@@ -42,8 +42,7 @@ td.big{font-weight:600}
 td.dim,.note{color:var(--muted)}
 .note{font-size:13px;margin:8px 0 0}
 figure.picture{padding:12px;overflow-x:auto;margin-bottom:16px}
-figure.picture img{display:block;width:100%;height:auto;background:#fff;border-radius:6px}
-figure.wide img{min-width:640px}
+figure.picture img{display:block;width:100%;height:auto;background:#fff;border-radius:6px;min-width:560px;margin:0 auto}
 figcaption{display:flex;flex-wrap:wrap;gap:2px 12px;align-items:baseline;margin-bottom:10px}
 .chip{font-size:13px;color:var(--muted)}
 .chip b{color:var(--ink);font-weight:600}
@@ -72,7 +71,8 @@ details{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;margin:12px 0 0}
 footer{color:var(--muted);font-size:13px;padding-top:24px;padding-bottom:40px}
-@media(max-width:520px){main,header,footer{padding-left:12px;padding-right:12px}h1{font-size:24px}.plot{padding-left:46px}
+@media(max-width:520px){main,header,footer{padding-left:12px;padding-right:12px}h1{font-size:24px}.lead b{font-size:21px}.lead{grid-template-columns:repeat(auto-fit,minmax(104px,1fr))}.lead div{padding:10px}
+.plot{padding-left:46px}
 .ys{width:40px}.xs{left:46px}}
 @media print{figure,.card,details{break-inside:avoid}}
 """
@@ -96,13 +96,15 @@ def section(title: str, *content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{inside}</section>" if inside else ""
 
 
-def picture(path: Path, alt: str, *, wide: bool = False) -> str:
-    """A PNG inside the document; nothing where there is none. `wide`: scrolls instead of shrinking on a phone."""
+def picture(path: Path, alt: str) -> str:
+    """A PNG inside the document; nothing where there is none. On a phone it scrolls rather than shrinks too far."""
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind = "picture wide" if wide else "picture"
-    return f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{escape(alt)}"></figure>'
+    content = path.read_bytes()
+    width = int.from_bytes(content[16:20], "big") // 2  # of the PNG header; pictures are drawn at twice their size
+    data = base64.b64encode(content).decode()
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="max-width:{width}px">'
+    return f'<figure class="picture">{image}</figure>'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -1,7 +1,8 @@
 """What all adapters of foreign networks share: staying frozen, finding blocks.
 
-A frozen part must not only be left out by the optimizer. It also runs without a graph (no activations are kept) and
-stays in evaluation mode whatever the trainer says, so that its dropout is off and its batch statistics do not drift.
+A part is frozen when none of its parameters learns; that is said in one place, `optim.groups`. Then it also runs without
+a graph (no activations are kept) and stays in evaluation mode whatever the trainer says, so that its dropout is off and
+its batch statistics do not drift.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ class PretrainedTower(nn.Module):
 
     Args:
         network: the foreign module.
-        frozen: keep it in evaluation mode, without gradients.
     """
 
-    def __init__(self, *, network: nn.Module, frozen: bool) -> None:
+    def __init__(self, *, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.frozen = network, frozen
-        self.requires_grad_(not frozen)
-        self.train(not frozen)
+        self.network = network
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of this part learns."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> PretrainedTower:
+        """As `nn.Module.requires_grad_`; a part that freezes goes into evaluation mode at once."""
+        super().requires_grad_(requires_grad)
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> PretrainedTower:
         """As `nn.Module.train`, except that a frozen part stays in evaluation mode."""

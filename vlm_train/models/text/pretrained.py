@@ -26,7 +26,6 @@ class HuggingFaceText(PretrainedTower):
         pool: `mean` of the real tokens (sentence encoders), `cls` the first token (BERT), `eos` the first end-of-text
             token, `pooler` the network's own pooled output (CLIP, SigLIP).
         pretrained: load the weights; otherwise only the architecture is taken.
-        frozen: never trained: evaluation mode, no gradients.
 
     Raises:
         ConfigError: the part cannot be found, has no such pooling, or is too small for the tokenizer.
@@ -39,7 +38,6 @@ class HuggingFaceText(PretrainedTower):
         path: str,
         pool: Literal["mean", "cls", "eos", "pooler"] = "mean",
         pretrained: bool = True,
-        frozen: bool = False,
     ) -> None:
         location = resolve_asset(path)
         with hub_access(path):
@@ -48,7 +46,7 @@ class HuggingFaceText(PretrainedTower):
         _check_spec(spec, vocab_size=own.vocab_size, num_positions=own.max_position_embeddings)
         network = load_network(location, config, pretrained=pretrained, tower="text_model")
         check_pool(pool, network, allowed=("mean", "cls", "eos", "pooler"))
-        super().__init__(network=network, frozen=frozen)
+        super().__init__(network=network)
         self.text_spec, self.pool = spec, pool
         is_projected = pool == "pooler" and hasattr(own, "projection_size")  # SigLIP's pooled output is projected
         self.out_dim: int = own.projection_size if is_projected else own.hidden_size

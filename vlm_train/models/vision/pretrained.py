@@ -29,7 +29,6 @@ class HuggingFaceVision(PretrainedTower):
         path: local folder or hub name. Of a two-tower model (CLIP, SigLIP) the vision tower is taken.
         pool: `pooler` the network's own pooled output, `cls` its first token, `mean` the average of its tokens.
         pretrained: load the weights; otherwise only the architecture is taken.
-        frozen: never trained: evaluation mode, no gradients.
 
     Raises:
         ConfigError: the part cannot be found, or has no such pooling.
@@ -41,7 +40,6 @@ class HuggingFaceVision(PretrainedTower):
         path: str,
         pool: Literal["pooler", "cls", "mean"] = "pooler",
         pretrained: bool = True,
-        frozen: bool = False,
     ) -> None:
         location = resolve_asset(path)
         with hub_access(path):
@@ -49,7 +47,7 @@ class HuggingFaceVision(PretrainedTower):
             processor = AutoImageProcessor.from_pretrained(location)
         network = load_network(location, config, pretrained=pretrained, tower="vision_model")
         check_pool(pool, network, allowed=("pooler", "cls", "mean"))
-        super().__init__(network=network, frozen=frozen)
+        super().__init__(network=network)
         self.pool = pool
         self.image_spec = spec_of_processor(processor)
         own = getattr(network, "config", config)
@@ -73,7 +71,7 @@ class TimmVision(PretrainedTower):
     """Any timm classifier without its classification layer: normalised pixels [B, 3, S, S] -> pooled features [B, D].
 
     Batch-norm networks see the statistics of the micro-batch while they train, so their result depends on how the
-    global batch is cut; `frozen: true` does not.
+    global batch is cut; frozen, they do not.
 
     Args:
         name: architecture, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`.
@@ -81,7 +79,6 @@ class TimmVision(PretrainedTower):
         checkpoint: load this file instead (`package:NAME` or a path to .safetensors or .pth). A file with other names
             but the same shapes in the same order is accepted.
         image_size: side in pixels; the network's own unless given.
-        frozen: never trained: evaluation mode, no gradients.
 
     Raises:
         ConfigError: unknown name, weights that cannot be found, or a checkpoint of another architecture.
@@ -94,7 +91,6 @@ class TimmVision(PretrainedTower):
         pretrained: bool = True,
         checkpoint: str | None = None,
         image_size: int | None = None,
-        frozen: bool = False,
     ) -> None:
         if not timm.is_model(name):
             raise ConfigError(
@@ -110,7 +106,7 @@ class TimmVision(PretrainedTower):
             _load_checkpoint(network, checkpoint)
         data = resolve_model_data_config(network)
         network.reset_classifier(0)
-        super().__init__(network=network, frozen=frozen)
+        super().__init__(network=network)
         size = data["input_size"][-1] if image_size is None else image_size
         resize: Literal["shortest", "squash"] = "squash" if data["crop_mode"] == "squash" else "shortest"
         self.image_spec = ImageSpec(size=size, mean=tuple(data["mean"]), std=tuple(data["std"]), resize=resize)

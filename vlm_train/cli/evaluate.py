@@ -1,0 +1,205 @@
+"""`vlm-train evaluate`: measure a trained run, with its own evaluation or with another one.
+
+A run's records hold what its own config asks for, so only a plain `evaluate run=RUN` (newest checkpoint, nothing
+overridden) writes there. Anything else is an experiment of its own: it is printed, and written where `out=` says.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.cli.arguments import parse
+from vlm_train.cli.paths import conf_dir, groups
+from vlm_train.cli.tables import describe
+from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
+from vlm_train.errors import ConfigError, nearest
+from vlm_train.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+
+    from vlm_train.engine.evaluation import EvaluationSuite
+    from vlm_train.engine.rundir import RunDirectory
+
+LOG = get_logger(__name__)
+Results = dict[str, dict[str, Any]]
+
+USAGE = """usage: vlm-train evaluate run=RUN [checkpoint=PATH] [out=FILE] [device=NAME] [key=value ...]
+
+  vlm-train evaluate run=runs/quickstart/latest                      and bring its records and report up to date
+  vlm-train evaluate run=runs/quickstart/latest evaluation=suite data.val.shards=other/val out=other.json
+
+  run=RUN            {run}
+  checkpoint=PATH    {checkpoint}
+  out=FILE           JSON; the run's own records stay as they are
+  device=NAME        {device}
+  evaluation=CHOICE  {choices}
+  evaluation.KEY= data.val.KEY= data.classes=   what else may differ from the run's config.yaml"""
+
+KEYS = {"run": "RUN", "checkpoint": "PATH", "out": "FILE", "device": "NAME"}
+OVERRIDABLE = ("evaluation", "data.val", "data.classes")
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        choices = ", ".join(groups().get("evaluation", []))
+        print(USAGE.format(run=RUN, checkpoint=CHECKPOINT, device=DEVICE, choices=choices))
+        return 0
+    arguments = parse(words, KEYS, verb="evaluate", rest=True)
+    run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
+    out = arguments.optional("out")
+    if out is not None and not Path(out).expanduser().parent.is_dir():
+        raise ConfigError("out= cannot be written", got=out, allowed="a file in an existing folder")
+
+    from vlm_train.engine import checkpoints
+
+    config = override(run, arguments.overrides)
+    checkpoint = choose_checkpoint(run, arguments.optional("checkpoint"))
+    device = choose_device(arguments.optional("device"))
+    step, newest = checkpoints.step_of(checkpoint), checkpoints.committed(run.checkpoints)[-1]
+    is_own = not arguments.overrides and out is None and checkpoint.resolve() == newest.resolve()
+    with ExitStack() as stack:
+        if is_own:
+            _hold(run, stack)
+        results, suite = _measure(run, config, checkpoint, device)
+        for name, result in results.items():
+            print("\n".join(["", *describe(name, {**result, "step": step})]))
+        if is_own:
+            _record(run, config, suite, results, step)
+            print(f"\nwritten: {run.evals}\nreport: {run.report}")
+        else:
+            _write(results, out, checkpoint, arguments.overrides)
+    return 0
+
+
+def override(run: RunDirectory, words: list[str]) -> DictConfig:
+    """The run's config with another evaluation. Raises ConfigError for a word that is about something else."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vlm_train.schema import Config, check
+
+    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run.config))
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    parsed = sorted(map(_parsed, words), key=lambda item: item[0] != "evaluation")  # a choice first, its keys after it
+    for key, value, is_new, word in parsed:
+        try:
+            node = _choice(value) if key == "evaluation" else value
+            OmegaConf.update(config, key, node, merge=False, force_add=is_new)
+        except OmegaConfBaseException as error:
+            raise _not_taken(config, key, word, error) from error
+    OmegaConf.resolve(config)
+    check(config)
+    return config
+
+
+def _parsed(word: str) -> tuple[str, Any, bool, str]:
+    """(key, value, whether it is a new key, the word itself)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        found = OverridesParser.create().parse_override(word)
+    except OverrideParseException as error:
+        raise ConfigError("an override cannot be parsed", got=word,
+                          allowed="key=value; quote lists and spaces: 'key=[1,2]'") from error  # fmt: skip
+    key = str(found.key_or_group)
+    if found.is_delete() or found.is_sweep_override():
+        raise ConfigError("an override must give one value", got=word, allowed="key=value; a list is 'key=[1,2]'")
+    if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in OVERRIDABLE):
+        raise ConfigError(
+            f"`evaluate` cannot change {key}: it belongs to how the run was trained",
+            got=word,
+            allowed="evaluation=CHOICE, evaluation.KEY=, data.val.KEY=, data.classes=",
+            remedy=f"vlm-train train ... {word} makes another run",
+        )
+    return key, found.value(), found.is_add(), word
+
+
+def _choice(name: Any) -> Any:
+    """The node of conf/evaluation/NAME.yaml over the defaults of its schema."""
+    from omegaconf import OmegaConf
+
+    from vlm_train.schema import EvaluationConfig
+
+    path = conf_dir() / "evaluation" / f"{name}.yaml"
+    if not path.is_file():
+        known = groups().get("evaluation", [])
+        close = nearest(str(name), known)
+        raise ConfigError("no such choice in the group 'evaluation'", got=name, allowed=", ".join(known),
+                          remedy=f"evaluation={close[0]}" if close else "vlm-train configs list")  # fmt: skip
+    return OmegaConf.merge(OmegaConf.structured(EvaluationConfig), OmegaConf.load(path))
+
+
+def _not_taken(config: DictConfig, key: str, word: str, error: Exception) -> ConfigError:
+    from omegaconf import OmegaConf
+
+    from vlm_train.schema import flatten
+
+    if OmegaConf.select(config, key) is not None:
+        return ConfigError(f"{key} cannot take this value: {str(error).splitlines()[0]}", got=word)
+    known = [name for name in flatten(OmegaConf.to_container(config)) if name.startswith(OVERRIDABLE)]
+    close = nearest(key, known)
+    return ConfigError(f"no such key: {key}", got=word, allowed=", ".join(close or known),
+                       remedy=f"{close[0]}=..." if close else f"+{word} if the evaluator takes it")  # fmt: skip
+
+
+def _measure(
+    run: RunDirectory, config: DictConfig, checkpoint: Path, device: torch.device
+) -> tuple[Results, EvaluationSuite]:
+    from vlm_train import build
+
+    if not config.evaluation.evaluators:
+        raise ConfigError(f"{run.path} was trained with evaluation=none", allowed="an evaluation that measures something",
+                          remedy="evaluation=retrieval")  # fmt: skip
+    parts = build.load(run.path, checkpoint=checkpoint, config=config)
+    suite = build.evaluation_suite(parts, build.Placement(rank=0, world_size=1))
+    LOG.info("evaluating %s on %s", checkpoint, device)
+    return suite.run(parts.model.to(device), device), suite
+
+
+def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, results: Results, step: int) -> None:
+    """Records, pictures and report as training itself would have left them."""
+    from omegaconf import OmegaConf
+
+    from vlm_train.data.gallery import ShardGallery
+    from vlm_train.engine.callbacks.evaluate import record
+    from vlm_train.engine.callbacks.pictures import draw_examples, retrieval_examples
+    from vlm_train.engine.report import write_report
+    from vlm_train.engine.rundir import read_lines, write_atomic
+
+    others = [row for row in read_lines(run.history) if row["step"] != step or row["name"] not in results]
+    write_atomic(run.history, "".join(json.dumps(row) + "\n" for row in others))
+    record(run, step, results)
+    examples = retrieval_examples(suite)
+    if examples is not None:
+        shards = config.data.val.shards
+        gallery = ShardGallery(shards=OmegaConf.to_container(shards) if OmegaConf.is_config(shards) else shards)
+        draw_examples(run, examples, gallery.pixels, step=step)
+    write_report(run)
+
+
+def _write(results: Results, out: str | None, checkpoint: Path, words: list[str]) -> None:
+    if out is None:
+        print("\nnot written: this is not the run's own evaluation of its newest checkpoint; out=FILE keeps it")
+        return
+    document = {"checkpoint": str(checkpoint), "overrides": words, "results": results}
+    Path(out).expanduser().write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten: {out}")
+
+
+def _hold(run: RunDirectory, stack: ExitStack) -> None:
+    """Takes the run's lock; a run in training writes its records itself."""
+    from vlm_train.cli.runs import locked
+
+    try:
+        stack.enter_context(locked(run))
+    except ConfigError as error:
+        remedy = "wait for it, or add out=FILE: the run's own records then stay as they are"
+        raise ConfigError(error.what, got=error.got, remedy=remedy) from error

@@ -1,0 +1,127 @@
+"""`vlm-train predict`: search pictures by text with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.cli.arguments import Arguments, parse
+from vlm_train.cli.tables import table
+from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
+from vlm_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_train.data.gallery import Gallery
+    from vlm_train.engine.pictures import Answer
+    from vlm_train.evaluation.search import Index
+
+USAGE = """usage: vlm-train predict run=RUN text="..." [text="..."] images=FOLDER|SHARDS [out=grid.png]
+
+  vlm-train predict run=runs/quickstart/latest text="a red car" text="a blue car" images=photos out=grid.png
+  vlm-train predict run=runs/quickstart/latest text="a happy face" images=data/openmoji/val
+
+Ranks every picture for each text by cosine, prints the best, and draws them.
+
+  run=RUN            {run}
+  text=TEXT          what to look for; repeat it for several texts
+  images=WHERE       a folder with images at any depth, one image, or shards (folder, glob, 'path/{{00000..00012}}.tar')
+  out=FILE           where the picture is written (PNG); none is drawn if left out
+  top=N              how many answers to each text; 8 if left out
+  checkpoint=PATH    {checkpoint}
+  device=NAME        {device}"""
+
+KEYS = {"run": "RUN", "text": "TEXT", "images": "WHERE", "out": "FILE", "top": "N", "checkpoint": "PATH", "device": "NAME"}
+_NUM_UNUSABLE_SHOWN = 5
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(USAGE.format(run=RUN, checkpoint=CHECKPOINT, device=DEVICE))
+        return 0
+    arguments = parse(words, KEYS, verb="predict", repeatable=("text",))
+    run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
+    texts = arguments.all("text", example='text="a red car"')
+    where = arguments.required("images", example="images=FOLDER, or images=SHARDS")
+    top, out = arguments.count("top", 8), _out_file(arguments)
+
+    from vlm_train.data.gallery import open_gallery
+
+    gallery = open_gallery(where)
+    index, features = _embed(run, arguments, gallery, texts)
+    _tell_unusable(gallery, index)
+    rows = _answers(gallery, index, features, texts, top, with_pixels=out is not None)
+    for text, answers in rows:
+        print(f"\n{text}")
+        cells = [[str(rank), f"{answer.score:.4f}", answer.name] for rank, answer in enumerate(answers, 1)]
+        print("\n".join(table(["rank", "score", "name"], cells, left=0)))
+    if out is not None:
+        from vlm_train.engine.pictures import search_grid
+
+        subtitle = f"the best of {len(index.pictures):,} pictures, with their cosine"
+        search_grid(rows, subtitle=subtitle).save(out)
+        print(f"\nwritten: {out}")
+    return 0
+
+
+def _out_file(arguments: Arguments) -> Path | None:
+    """Refused before anything is computed if it could not be written."""
+    text = arguments.optional("out")
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
+        raise ConfigError("out= cannot be written", got=text, allowed="a PNG file in an existing folder",
+                          remedy="out=grid.png")  # fmt: skip
+    return path
+
+
+def _embed(run: Any, arguments: Arguments, gallery: Gallery, texts: list[str]) -> tuple[Index, Any]:
+    """(the embedded gallery, unit features of the texts)."""
+    import numpy as np
+
+    from vlm_train import build
+    from vlm_train.cli.data import Ticker
+    from vlm_train.data.transforms import EvalTransform, render
+    from vlm_train.evaluation.base import Embedder
+    from vlm_train.evaluation.search import index_pictures
+
+    device = choose_device(arguments.optional("device"))
+    parts = build.load(run.path, checkpoint=choose_checkpoint(run, arguments.optional("checkpoint")))
+    autocast = build.AUTOCAST.get(parts.config.precision.name)
+    embedder = Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
+    transform, unused = EvalTransform(spec=embedder.model.image_spec), np.random.default_rng(0)
+
+    def load(number: int) -> np.ndarray:
+        image = gallery.open(number)
+        plan = transform.plan(image.width, image.height, unused)
+        min_width, min_height = plan.min_decoded
+        return render(image.decode(min_width=min_width, min_height=min_height), plan)
+
+    features = embedder.texts(texts)
+    return index_pictures(embedder, load, len(gallery), Ticker("pictures")), features
+
+
+def _answers(
+    gallery: Gallery, index: Index, features: Any, texts: list[str], top: int, *, with_pixels: bool
+) -> list[tuple[str, list[Answer]]]:
+    from vlm_train.engine.pictures import Answer
+    from vlm_train.evaluation.search import search
+
+    hits = search(index, features, top)
+    shown = {hit.picture for row in hits for hit in row} if with_pixels else set()
+    pixels = {picture: gallery.open(picture).decode() for picture in shown}
+    return [
+        (text, [Answer(name=gallery.name(hit.picture), score=hit.score, pixels=pixels.get(hit.picture)) for hit in row])
+        for text, row in zip(texts, hits, strict=True)
+    ]
+
+
+def _tell_unusable(gallery: Gallery, index: Index) -> None:
+    if not index.unusable:
+        return
+    print(f"{len(index.unusable)} of {len(gallery)} pictures could not be used:")
+    for number, reason in index.unusable[:_NUM_UNUSABLE_SHOWN]:
+        print(f"  {gallery.name(number)}: {reason}")
+    if len(index.unusable) > _NUM_UNUSABLE_SHOWN:
+        print(f"  and {len(index.unusable) - _NUM_UNUSABLE_SHOWN} more")

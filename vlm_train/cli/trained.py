@@ -1,0 +1,68 @@
+"""What the verbs on a trained run share: which run, which of its checkpoints, and on what device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_train.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm_train.engine.rundir import RunDirectory
+
+RUN = "the directory of a run, such as runs/quickstart/latest"
+CHECKPOINT = "one of its checkpoints; the newest that verifies if left out"
+DEVICE = "auto, cpu, cuda or cuda:N"
+
+
+def open_run(path: str) -> RunDirectory:
+    """The run that a user means. Raises ConfigError when there is none."""
+    from vlm_train.engine.rundir import RunDirectory
+
+    run = RunDirectory(path)
+    if run.config.is_file():
+        return run
+    known = sorted(str(found.parent) for found in Path("runs").glob("*/*/config.yaml"))
+    raise ConfigError(
+        f"{path} is no run" if run.path.exists() else f"{path} does not exist",
+        got=f"run={path}",
+        allowed=f"a folder with config.yaml{': ' + ', '.join(known[-4:]) if known else ''}",
+        remedy=f"run={known[-1]}" if known else "train one first: vlm-train train experiment=quickstart",
+    )
+
+
+def choose_checkpoint(run: RunDirectory, path: str | None) -> Path:
+    """The checkpoint `path`, or the newest one; verified. Raises ConfigError or CheckpointError."""
+    from vlm_train.engine import checkpoints
+
+    if path is None:
+        found = checkpoints.newest(run.checkpoints)
+        if found is None:
+            raise CheckpointError(f"{run.path} has no checkpoint yet", remedy="train it: the same command resumes it")
+        return found
+    chosen = Path(path) if Path(path).is_dir() else run.checkpoints / path
+    if not (chosen / "manifest.json").is_file():
+        names = ", ".join(found.name for found in checkpoints.committed(run.checkpoints))
+        raise ConfigError(f"{path} is no checkpoint", got=f"checkpoint={path}", allowed=names or "none is there yet",
+                          remedy="leave out checkpoint= for the newest")  # fmt: skip
+    checkpoints.verify(chosen)
+    return chosen
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`auto` is the first GPU, the CPU where there is none. Raises ConfigError."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    name = name or "auto"
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    number = name.removeprefix("cuda:") if name != "cuda" else "0"
+    if has_gpu and number.isdecimal() and int(number) < torch.cuda.device_count():
+        return torch.device(name)
+    gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if has_gpu else "no GPU is visible"
+    raise ConfigError("there is no such device", got=f"device={name}", allowed=f"auto, cpu; {gpus}", remedy="device=auto")
