@@ -213,7 +213,7 @@ def callbacks(parts: Parts, run: RunDirectory, suite: EvaluationSuite, sinks: li
     return [
         recorder,
         Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
-        Pictures(run=run, suite=suite, image=parts.model.image_spec, gallery=gallery),
+        Pictures(run=run, suite=suite, image=parts.image_spec, gallery=gallery),
         Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
         StepEnd(recorder),
     ]

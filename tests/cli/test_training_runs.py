@@ -17,7 +17,9 @@ DDP = ("trainer.devices=2", "strategy=ddp")
 
 
 def words(data: Path, run: Path, *extra: str, max_steps: int = 24) -> list[str]:
-    return _runs.train_words(data, f"trainer.max_steps={max_steps}", "checkpoint.every_steps=5", f"run.dir={run}", *extra)
+    return _runs.train_words(
+        data, f"trainer.max_steps={max_steps}", "checkpoint.every_steps=5", f"run.dir={run}", *extra
+    )
 
 
 @pytest.mark.slow
@@ -73,7 +75,9 @@ def test_a_dead_launcher_takes_its_ranks_with_it(tmp_path: Path, scenes: Path) -
     assert marker not in listing
 
 
-def test_a_second_command_does_not_train_the_same_run(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_command_does_not_train_the_same_run(
+    tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vlm_train.cli import runs
     from vlm_train.engine.rundir import RunDirectory
     from vlm_train.errors import ConfigError
@@ -97,7 +101,9 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path: Path, scene
     run = tmp_path / "run"
     _runs.signal_after(tmp_path, words(scenes, run), run, 7, signal.SIGKILL)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # noqa: E731
-    process = _runs.start(tmp_path, words(scenes, run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=limit)
+    process = _runs.start(
+        tmp_path, words(scenes, run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=limit
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "checkpoint of step 10 could not be written" in output and "remedy" in output and "Traceback" not in output

@@ -156,8 +156,7 @@ def _measure(
     from vlm_train import build
 
     if not config.evaluation.evaluators:
-        raise ConfigError(f"{run.path} was trained with evaluation=none", allowed="an evaluation that measures something",
-                          remedy="evaluation=retrieval")  # fmt: skip
+        raise ConfigError("there is nothing to measure: evaluation=none", remedy="add evaluation=retrieval")
     parts = build.load(run.path, checkpoint=checkpoint, config=config)
     suite = build.evaluation_suite(parts, build.Placement(rank=0, world_size=1))
     LOG.info("evaluating %s on %s", checkpoint, device)
@@ -179,9 +178,8 @@ def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, resul
     record(run, step, results)
     examples = retrieval_examples(suite)
     if examples is not None:
-        shards = config.data.val.shards
-        gallery = ShardGallery(shards=OmegaConf.to_container(shards) if OmegaConf.is_config(shards) else shards)
-        draw_examples(run, examples, gallery.pixels, step=step)
+        data: Any = OmegaConf.to_container(config.data)
+        draw_examples(run, examples, ShardGallery(shards=data["val"]["shards"]).pixels, step=step)
     write_report(run)
 
 

@@ -48,8 +48,12 @@ def main(words: list[str]) -> int:
                           allowed="DualEncoder with infonce or sigmoid")  # fmt: skip
     logging.disable_progress_bar()
     report = export_transformers(
-        parts.model, tokenizer=parts.tokenizer, logit_scale=state["logit_scale"], logit_bias=state.get("logit_bias"), out=out
-    )  # fmt: skip
+        parts.model,
+        tokenizer=parts.tokenizer,
+        logit_scale=state["logit_scale"],
+        logit_bias=state.get("logit_bias"),
+        out=out,
+    )
     print(f"{checkpoint} as {report.family}, {report.num_parameters:,} parameters:")
     for path in sorted(out.iterdir()):
         print(f"  {path.name:26} {path.stat().st_size:>12,} bytes")

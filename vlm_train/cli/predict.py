@@ -30,7 +30,9 @@ Ranks every picture for each text by cosine, prints the best, and draws them.
   checkpoint=PATH    {checkpoint}
   device=NAME        {device}"""
 
-KEYS = {"run": "RUN", "text": "TEXT", "images": "WHERE", "out": "FILE", "top": "N", "checkpoint": "PATH", "device": "NAME"}
+KEYS = {
+    "run": "RUN", "text": "TEXT", "images": "WHERE", "out": "FILE", "top": "N", "checkpoint": "PATH", "device": "NAME",
+}  # fmt: skip
 _NUM_UNUSABLE_SHOWN = 5
 
 

@@ -65,4 +65,4 @@ def choose_device(name: str | None) -> torch.device:
     if has_gpu and number.isdecimal() and int(number) < torch.cuda.device_count():
         return torch.device(name)
     gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if has_gpu else "no GPU is visible"
-    raise ConfigError("there is no such device", got=f"device={name}", allowed=f"auto, cpu; {gpus}", remedy="device=auto")
+    raise ConfigError("no such device", got=f"device={name}", allowed=f"auto, cpu; {gpus}", remedy="device=auto")

@@ -127,7 +127,6 @@ def _nothing(got: str) -> DataError:
     return DataError(
         "there are no pictures to search in",
         got=got,
-        allowed=f"a folder with {', '.join(suffix[1:] for suffix in SUFFIXES)} files at any depth, or with *.tar shards; "
-        "a glob or a range of shards",
+        allowed=f"a folder with images ({' '.join(SUFFIXES)}) at any depth, or with shards; a glob or range of shards",
         remedy="images=FOLDER",
     )

@@ -1,7 +1,7 @@
 """Whether a batch is what one thinks it is: the figures beside the picture of the first batch.
 
-Most data bugs show here before any GPU hour is spent: normalised pixels whose mean is far from 0, captions that are cut,
-captions that their tokens do not spell, the same sample twice.
+Most data bugs show here before any GPU hour is spent: normalised pixels whose mean is far from 0, captions that are
+cut, captions that their tokens do not spell, the same sample twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BatchStatistics:
     """Figures of the rows that count.
 
     `pixel_mean`, `pixel_std`: per channel, after normalisation. `token_lengths`: real tokens of each caption.
-    `num_truncated`: captions whose end the model does not read. `num_respelt`: further captions that the tokens do not
+    `num_truncated`: captions whose end the model does not read. `num_altered`: further captions that the tokens do not
     spell back, case and white space aside (unknown tokens, stripped accents). `num_constant_images`: of one colour.
     `num_repeated_samples`, `num_repeated_captions`: beyond the first of each; a repeated caption is a wrong negative.
     """
@@ -32,7 +32,7 @@ class BatchStatistics:
     token_lengths: tuple[int, ...]
     context_length: int
     num_truncated: int
-    num_respelt: int
+    num_altered: int
     num_constant_images: int
     num_repeated_samples: int
     num_repeated_captions: int
@@ -55,7 +55,7 @@ def batch_statistics(batch: Batch, tokenizer: Tokenizer, image: ImageSpec) -> Ba
         token_lengths=tuple(int(lengths[row]) for row in rows),
         context_length=tokenizer.spec.context_length,
         num_truncated=sum(a and b for a, b in zip(differs, is_full, strict=True)),
-        num_respelt=sum(a and not b for a, b in zip(differs, is_full, strict=True)),
+        num_altered=sum(a and not b for a, b in zip(differs, is_full, strict=True)),
         num_constant_images=int((images.amax((2, 3)) == images.amin((2, 3))).all(1).sum()),
         num_repeated_samples=len(rows) - len(torch.unique(batch["uids"].cpu()[keep], dim=0)),
         num_repeated_captions=len(rows) - len(set(captions)),

@@ -41,7 +41,9 @@ class Canvas:
         """One line; `anchor` as in Pillow: horizontal l, m, r, then vertical a (top), m (middle), s (baseline)."""
         self._draw.text((at[0] * SCALE, at[1] * SCALE), text, fill=colour, font=_font(size, bold), anchor=anchor)
 
-    def lines(self, at: tuple[float, float], lines: list[str], *, size: int, colour: str = INK, centre: float = 0) -> None:
+    def lines(
+        self, at: tuple[float, float], lines: list[str], *, size: int, colour: str = INK, centre: float = 0
+    ) -> None:
         """Lines below each other; centred in a column of width `centre` if that is given."""
         for number, line in enumerate(lines):
             place = (at[0] + centre / 2, at[1] + number * size * 1.3)

@@ -71,7 +71,8 @@ class Chart:
         shapes = "".join(_shapes(place, series, points, axes) for place, (series, points) in enumerate(curves))
         markers = "".join(_marker(axes, step, label) for step, label in self.markers)
         ys = "".join(
-            f'<span style="top:{100 - 100 * axes.y(tick):.2f}%">{escape(self.form(tick))}</span>' for tick in axes.y_ticks
+            f'<span style="top:{100 - 100 * axes.y(tick):.2f}%">{escape(self.form(tick))}</span>'
+            for tick in axes.y_ticks
         )
         grid = "".join(f'<line class="grid" {_across(axes.y(tick))}/>' for tick in axes.y_ticks)
         xs = "".join(f'<span style="left:{100 * axes.x(tick):.2f}%">{tick:,.0f}</span>' for tick in axes.x_ticks)
@@ -85,7 +86,8 @@ class Chart:
 
     def _legend(self, curves: list[tuple[Series, list[Point]]]) -> str:
         chips = "".join(
-            f'<span class="chip c{place % 6}">{escape(series.name)} <b>{escape(self.form(series.finite()[-1][1]))}</b></span>'
+            f'<span class="chip c{place % 6}">{escape(series.name)} '
+            f"<b>{escape(self.form(series.finite()[-1][1]))}</b></span>"
             for place, (series, _) in enumerate(curves)
         )
         bad = sum(len(series.steps) - len(series.finite()) for series in self.series)
@@ -93,12 +95,12 @@ class Chart:
 
     def _spoken(self, curves: list[tuple[Series, list[Point]]]) -> str:
         parts = []
-        for series, points in curves:
+        for series, _ in curves:
             pairs = series.finite()
             values = [value for _, value in pairs]
             parts.append(
-                f"{series.name} from {self.form(values[0])} at step {pairs[0][0]:,.0f} to {self.form(values[-1])} at step "
-                f"{pairs[-1][0]:,.0f}, lowest {self.form(min(values))}, highest {self.form(max(values))}"
+                f"{series.name} from {self.form(values[0])} at step {pairs[0][0]:,.0f} to {self.form(values[-1])} "
+                f"at step {pairs[-1][0]:,.0f}, lowest {self.form(min(values))}, highest {self.form(max(values))}"
             )
         return f"{self.title}: {'; '.join(parts)}"
 

@@ -38,7 +38,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return _measured_peak(dtype)
 
 
-def _measured_peak(dtype: torch.dtype, side: int = 1024, num_runs: int = 4) -> float:
+def _measured_peak(dtype: torch.dtype, side: int = 1024, num_runs: int = 12) -> float:
     left, right = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
     seconds = []
     for _ in range(num_runs):

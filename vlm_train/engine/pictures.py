@@ -23,6 +23,7 @@ Pixels = Mapping[str, np.ndarray]
 
 _EDGE = 24.0
 _HEAD = 68.0
+_NUM_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,11 @@ class Answer:
     is_right: bool | None = None
 
 
-def first_batch(batch: Batch, tokenizer: Tokenizer, image: ImageSpec, *, num_shown: int = 40) -> Canvas:
+def first_batch(batch: Batch, tokenizer: Tokenizer, image: ImageSpec, *, num_ranks: int = 1) -> Canvas:
     """The first images of a batch with their decoded captions, and the batch's statistics."""
     statistics = batch_statistics(batch, tokenizer, image)
     num_columns, side, gap = 8, 104.0, 12.0
-    rows = (batch["weights"].cpu() != 0).nonzero().flatten().tolist()[:num_shown]
+    rows = (batch["weights"].cpu() != 0).nonzero().flatten().tolist()[:_NUM_SHOWN]
     row_height = side + 40
     grid_width = num_columns * (side + gap)
     num_rows = -(-len(rows) // num_columns)
@@ -47,7 +48,8 @@ def first_batch(batch: Batch, tokenizer: Tokenizer, image: ImageSpec, *, num_sho
     _heading(
         canvas,
         f"First batch, as the model receives it (step {batch['step'] + 1})",
-        "after augmentation; captions decoded back from the token ids",
+        "after augmentation; captions decoded back from the token ids"
+        + (f"; the share of rank 0 of {num_ranks}" if num_ranks > 1 else ""),
     )
     ids = batch["text_ids"].cpu()
     for place, row in enumerate(rows):
@@ -66,7 +68,7 @@ def _statistics_panel(canvas: Canvas, at: tuple[float, float], statistics: Batch
     lengths = statistics.token_lengths
     shares = [
         ("truncated captions", statistics.num_truncated),
-        ("captions respelt by tokens", statistics.num_respelt),
+        ("altered by the tokenizer", statistics.num_altered),
         ("repeated captions", statistics.num_repeated_captions),
         ("repeated samples", statistics.num_repeated_samples),
         ("images of one colour", statistics.num_constant_images),

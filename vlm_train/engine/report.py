@@ -29,6 +29,14 @@ _TITLES = {
     "mfu": "Model FLOP utilisation",
 }  # fmt: skip
 _SHARES = ("data_wait", "mfu")
+_ALT = {
+    "retrieval_grid": "Validation captions, each with the five images that the model ranks highest; the right image "
+    "has a green frame",
+    "similarity": "Matrix of the cosines between the first validation images and captions; right pairs lie on the "
+    "outlined diagonal",
+    "first_batch": "The first training images after augmentation with the captions that their tokens spell, and "
+    "statistics of pixels and tokens",
+}
 
 
 def write_report(run: RunDirectory) -> None:
@@ -44,23 +52,11 @@ def render_report(run: RunDirectory) -> str:
     media = run.media
     body = [
         page.section("Results", *_tables(history)),
-        page.section(
-            "What texts find",
-            page.picture(media / "retrieval_grid.png", "Validation captions, each with the five images that the model "
-                         "ranks highest; the right image has a green frame"),  # fmt: skip
-        ),
+        page.section("What texts find", page.picture(media / "retrieval_grid.png", _ALT["retrieval_grid"])),
         page.section("Training", _training_charts(metrics, _restarts(events))),
         page.section("Evaluation over steps", _evaluation_charts(history)),
-        page.section(
-            "Images against captions",
-            page.picture(media / "similarity.png", "Matrix of the cosines between the first validation images and "
-                         "captions; right pairs lie on the outlined diagonal"),  # fmt: skip
-        ),
-        page.section(
-            "First batch",
-            page.picture(media / "first_batch.png", "The first training images after augmentation with the captions that "
-                         "their tokens spell, and statistics of pixels and tokens"),  # fmt: skip
-        ),
+        page.section("Images against captions", page.picture(media / "similarity.png", _ALT["similarity"])),
+        page.section("First batch", page.picture(media / "first_batch.png", _ALT["first_batch"])),
         page.section("Data errors", _data_errors(run)),
         page.section("Records", _folded_records(config, events)),
     ]
@@ -98,9 +94,10 @@ def _facts(config: Mapping[str, Any], events: Rows, machine: Mapping[str, Any]) 
     yield "Validation data", _paths(data["val"]["shards"])
     yield "Selection", str(data.get("selection") or "")
     yield "Steps", f"{trainer['max_steps']:,} of {trainer['global_batch']:,} samples"
-    yield "Optimiser", f"{_class(config['optim'])}, peak rate {number(config['optim']['lr'])}, {_class(config['schedule'])}"
+    peak = f"peak rate {number(config['optim']['lr'])}"
+    yield "Optimiser", f"{_class(config['optim'])}, {peak}, {_class(config['schedule'])}"
     yield "Precision", str(config["precision"]["name"])
-    yield "Machine", f"{machine.get('num_ranks', 1)} x {machine['device']}, {machine['num_cores']} cores" if machine else ""
+    yield "Machine", "{num_ranks} x {device}, {num_cores} cores".format_map(machine) if machine else ""
     yield "Versions", ", ".join(f"{name} {text}" for name, text in versions.items())
     yield "Restarts", f"{num_restarts}" if num_restarts else "none"
     yield "Seed", str(config["seed"])

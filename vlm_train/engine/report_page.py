@@ -13,15 +13,16 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--bg:#0d1117;--card:#161b22;--ink:#e6edf3;--muted:#9aa5b1;--line:#30363d;
 --c0:#6ea8fe;--c1:#f59e5b;--c2:#4cc26b;--c3:#c792f5;--c4:#e3b341;--c5:#f77fb3;--bad:#ff7b72;--good:#4cc26b;--warn:#e3b341}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",
-sans-serif}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main,header,footer{max-width:1120px;margin:0 auto;padding:0 20px}
 header{padding-top:32px}
 .brand{color:var(--muted);font-size:13px;letter-spacing:.04em}
 h1{font-size:30px;line-height:1.2;margin:4px 0 6px;overflow-wrap:anywhere}
 h1 small{font-weight:400;color:var(--muted);font-size:18px}
 h2{font-size:19px;margin:36px 0 12px}
-.pill{display:inline-block;border:1px solid currentColor;border-radius:99px;padding:1px 10px;font-size:13px;font-weight:600}
+.pill{display:inline-block;border:1px solid currentColor;border-radius:99px;padding:1px 10px;font-size:13px;
+font-weight:600}
 .good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}
 .card,figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:0}
 .lead{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 12px}
@@ -71,7 +72,9 @@ details{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;margin:12px 0 0}
 footer{color:var(--muted);font-size:13px;padding-top:24px;padding-bottom:40px}
-@media(max-width:520px){main,header,footer{padding-left:12px;padding-right:12px}h1{font-size:24px}.lead b{font-size:21px}.lead{grid-template-columns:repeat(auto-fit,minmax(104px,1fr))}.lead div{padding:10px}
+@media(max-width:520px){main,header,footer{padding-left:12px;padding-right:12px}
+h1{font-size:24px}.lead b{font-size:21px}.lead div{padding:10px}
+.lead{grid-template-columns:repeat(auto-fit,minmax(104px,1fr))}
 .plot{padding-left:46px}
 .ys{width:40px}.xs{left:46px}}
 @media print{figure,.card,details{break-inside:avoid}}
@@ -115,7 +118,8 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:
     """Large figures with a small name."""
-    return '<div class="lead">' + "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in pairs) + "</div>"
+    figures = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in pairs)
+    return f'<div class="lead">{figures}</div>'
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
@@ -124,8 +128,8 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], no
     body = "".join("<tr>" + "".join(_cell(place, cell) for place, cell in enumerate(row)) + "</tr>" for row in rows)
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
-        f'<div class="card"><div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{below}</div>"
+        f'<div class="card"><div class="scroll"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}</div>"
     )
 
 

@@ -1,8 +1,8 @@
 """What an evaluator returned, as scores with their controls: the one reading of a result, for terminal and report.
 
-A result is a dict of an evaluator: numbers, or groups of numbers (`text_to_image: {R@1: ...}`). Beside them stand what a
-model that knows nothing would score (`chance`, `chance_<group>`), the `interval_95` of each score, other controls, and
-counts (`num_...`).
+A result is a dict of an evaluator: numbers, or groups of numbers (`text_to_image: {R@1: ...}`). Beside them stand what
+a model that knows nothing would score (`chance`, `chance_<group>`), the `interval_95` of each score, other controls,
+and counts (`num_...`).
 """
 
 from __future__ import annotations

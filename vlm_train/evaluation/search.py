@@ -3,7 +3,7 @@
 1. Pictures are decoded by threads (the decoders release the interpreter lock) a few batches ahead of the model.
 2. A picture that cannot be used is reported and takes part in nothing; only a gallery without any usable picture is an
    error.
-3. Ranking is exact (see `metrics`), so equal pictures get equal scores; those are listed in gallery order.
+3. Ranking is exact (see `metrics`): equal scores are equal, and are listed in gallery order.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ def _batches(load: Load, num_pictures: int) -> Iterator[Sequence[tuple[int, np.n
     def attempt(number: int) -> tuple[int, np.ndarray | str]:
         try:
             return number, load(number)
-        except (DataError, OSError) as error:
-            return number, " ".join(str(error).split())
+        except DataError as error:
+            return number, error.what.replace("_", " ")
+        except OSError as error:
+            return number, error.strerror or str(error)
 
     numbers = iter(range(num_pictures))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -53,7 +53,8 @@ class Pictures(lightning.Callback):
         is_first, self._is_first = self._is_first, False
         path = self.run.media / "first_batch.png"
         if is_first and trainer.is_global_zero and not path.exists():
-            _attempt(lambda: pictures.first_batch(batch, self.suite.tokenizer, self.image).save(path))
+            ranks = trainer.world_size
+            _attempt(lambda: pictures.first_batch(batch, self.suite.tokenizer, self.image, num_ranks=ranks).save(path))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
