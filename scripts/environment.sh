@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: a virtual environment with the locked packages, made once and reused.
 #   VLM_TRAIN_VENV   where it lies (default: .venv in the checkout)
-#   PYTHON           the interpreter to make it with (default: the first of python3.13, 3.12, 3.11, python3 that fits)
+#   PYTHON           the interpreter to make it with (default: the first of python3.11, 3.12, 3.13, python3 that fits)
 # After sourcing, `$venv/bin` is on PATH and the checkout is installed in it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

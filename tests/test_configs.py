@@ -70,7 +70,7 @@ def one_step(config: DictConfig, folder: Path) -> dict[str, Any]:
             trainer.should_stop = True
 
     config.strategy.name = "single"
-    trainer = build.lightning_trainer(config, placement, [Stop()])
+    trainer = build.make_trainer(config, [Stop()])
     trainer.fit(build.training_module(parts, placement), train_dataloaders=build.train_loader(parts, placement))
     return rows[0]
 

@@ -6,9 +6,7 @@ trained run for evaluation, search and export. Everything else receives finished
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import Any
 
 import lightning
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -32,6 +30,7 @@ from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.data.transforms import EvalTransform, TrainTransform
 from vlm_train.engine import checkpoints
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
+from vlm_train.engine.callbacks.data_errors import DataErrors, record_left_out
 from vlm_train.engine.callbacks.evaluate import Evaluate
 from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
@@ -40,15 +39,14 @@ from vlm_train.engine.module import TrainingModule
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.engine.steps import StepPlan
+from vlm_train.engine.trainer import AUTOCAST, lightning_trainer, set_up_torch
 from vlm_train.engine.wandb import WandbSink
-from vlm_train.errors import CheckpointError, ConfigError
+from vlm_train.errors import CheckpointError, ConfigError, VlmError
 from vlm_train.log import get_logger
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.types import ImageSpec, Tokenizer
 
 LOG = get_logger(__name__)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +81,14 @@ class Parts:
 
 def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Callable[[str], None]) -> None:
     """Indexes the shards and, for a `fresh` run, trains or copies the tokenizer; once, before any rank starts."""
-    open_manifest(_plain(config.data.train.shards), progress=progress)
-    open_manifest(_plain(config.data.val.shards), progress=progress)
+    for split in ("train", "val"):
+        manifest = open_manifest(_plain(config.data[split].shards), progress=progress)
+        record_left_out(
+            run if fresh else None, split, manifest.errors, len(manifest), max_error_rate=config.data.max_error_rate
+        )
     if not fresh:
         return
-    tokenizer = instantiate(config.model.tokenizer)
+    tokenizer = make(config.model.tokenizer)
     if callable(getattr(tokenizer, "func", None)):  # a tokenizer that is trained: a partial that waits for captions
         tokenizer = tokenizer(iter_captions(expand_shards(_plain(config.data.train.shards))))
     tokenizer.save(str(run.tokenizer))
@@ -97,9 +98,9 @@ def network(config: DictConfig, tokenizer: Tokenizer) -> Parts:
     """Model and objective, initialised from the seed; keys that do not fit each other are refused here."""
     torch.manual_seed(config.seed)
     node = {key: value for key, value in config.model.items() if key not in ("text", "tokenizer")}
-    text = instantiate(config.model.text, spec=tokenizer.spec)
-    model = instantiate(node, text=text)
-    objective = instantiate(config.objective)
+    text = make(config.model.text, spec=tokenizer.spec)
+    model = make(node, text=text)
+    objective = make(config.objective)
     check_outputs(objective, model.outputs)
     return Parts(config=config, tokenizer=tokenizer, model=model, objective=objective)
 
@@ -107,11 +108,7 @@ def network(config: DictConfig, tokenizer: Tokenizer) -> Parts:
 def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train: bool) -> SampleEncoder:
     """Bytes to tensors: augmented for training, deterministic for evaluation."""
     augment = config.data.augment
-    transform = (
-        TrainTransform(spec=spec, scale=tuple(augment.scale), ratio=tuple(augment.ratio), flip=augment.flip)
-        if train
-        else EvalTransform(spec=spec)
-    )
+    transform = TrainTransform(spec=spec, **_plain(augment)) if train else EvalTransform(spec=spec)
     return SampleEncoder(transform=transform, tokenizer=tokenizer)
 
 
@@ -139,7 +136,6 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
         rank=placement.rank,
         world_size=placement.world_size,
         num_workers=config.data.num_workers,
-        max_error_rate=config.data.max_error_rate,
     )
 
 
@@ -154,25 +150,29 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
         world_size=placement.world_size,
         num_workers=0,
     )
-    evaluators = {name: instantiate(node) for name, node in config.evaluation.evaluators.items()}
+    evaluators = {name: make(node) for name, node in config.evaluation.evaluators.items()}
     return EvaluationSuite(
         evaluators=evaluators, loader=loader, tokenizer=parts.tokenizer, autocast=AUTOCAST.get(config.precision.name)
     )
 
 
 def train(directory: Path, checkpoint: Path | None) -> None:
-    """What each rank runs: from the resolved config in `directory` to the last step. Resumes at `checkpoint` if given."""
+    """What each rank runs: from the config in `directory`, or from `checkpoint`, to the last step."""
     run = RunDirectory(directory)
     config = OmegaConf.load(run.config)
     assert isinstance(config, DictConfig)
     placement = Placement.from_environment()
-    _set_up_torch(config, placement)
+    set_up_torch(
+        accelerator=config.trainer.accelerator,
+        deterministic=config.trainer.deterministic,
+        num_threads=config.trainer.num_threads,
+    )
     parts = network(config, load_tokenizer(str(run.tokenizer)))
     loader = train_loader(parts, placement)
     suite = evaluation_suite(parts, placement)
     module = training_module(parts, placement)
     sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
-    trainer = lightning_trainer(config, placement, callbacks(parts, run, suite, sinks))
+    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks))
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
         trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
@@ -196,22 +196,30 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
     return TrainingModule(
         model=parts.model,
         objective=parts.objective,
-        optim=instantiate(config.optim, _convert_="all"),
-        schedule=instantiate(config.schedule),
+        optim=make(config.optim),
+        schedule=make(config.schedule),
         plan=plan,
         compile_blocks=config.compile.enabled,
     )
 
 
-def callbacks(parts: Parts, run: RunDirectory, suite: EvaluationSuite, sinks: list[Any]) -> list[lightning.Callback]:
-    """In the order in which they act after a step: record, measure, draw, save."""
+def callbacks(
+    parts: Parts, run: RunDirectory, loader: TrainLoader, suite: EvaluationSuite, sinks: list[Any]
+) -> list[lightning.Callback]:
+    """In the order in which they act after a step: record, judge the data, measure, draw, save."""
     config = parts.config
-    num_steps = config.trainer.max_steps
+    num_steps, global_batch = config.trainer.max_steps, config.trainer.global_batch
     every_steps, keep = config.checkpoint.every_steps, config.checkpoint.keep
     gallery = ShardGallery(shards=_plain(config.data.val.shards)).pixels
-    recorder = Recorder(run=run, global_batch=config.trainer.global_batch, num_steps=num_steps, sinks=sinks)
+    recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
     return [
         recorder,
+        DataErrors(
+            run=run,
+            global_batch=global_batch,
+            max_error_rate=config.data.max_error_rate,
+            samples_per_epoch=loader.samples_per_epoch,
+        ),
         Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
         Pictures(run=run, suite=suite, image=parts.image_spec, gallery=gallery),
         Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
@@ -219,34 +227,20 @@ def callbacks(parts: Parts, run: RunDirectory, suite: EvaluationSuite, sinks: li
     ]
 
 
-def lightning_trainer(
-    config: DictConfig, placement: Placement, callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    """A Trainer that only drives: logging, checkpoints and progress are ours."""
-    distributed = placement.world_size > 1 or config.strategy.name == "ddp"
-    environment = TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
-    return lightning.Trainer(
+def make_trainer(config: DictConfig, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    """The Trainer for this machine."""
+    return lightning_trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy="ddp" if distributed else "auto",
-        precision=PRECISION[config.precision.name],
-        plugins=[environment],
-        max_epochs=1,
+        strategy=config.strategy.name,
+        precision=config.precision.name,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        default_root_dir=None,
     )
 
 
 def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig | None = None) -> Parts:
-    """A trained run: its newest checkpoint that verifies (or the one given), with averaged weights where there are any."""
+    """A trained run: `checkpoint` or the newest that verifies, with averaged weights where there are any."""
     run = RunDirectory(directory)
     if not run.config.is_file():
         raise ConfigError(
@@ -268,6 +262,21 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
     return parts
 
 
+def make(node: Any, **runtime: Any) -> Any:
+    """The part that `node` describes, with the runtime values that no config holds; a `_partial_` stays one.
+
+    hydra's wrapper is taken off our own errors: users read those.
+    """
+    try:
+        factory = instantiate(node, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, VlmError):
+            cause = cause.__cause__ or cause.__context__
+        raise (cause or error) from None
+    return factory if node.get("_partial_") else factory(**runtime)
+
+
 def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -286,15 +295,3 @@ def _wandb(config: DictConfig, run: RunDirectory) -> WandbSink:
         directory=run.path,
         config=resolved,
     )
-
-
-def _set_up_torch(config: DictConfig, placement: Placement) -> None:
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", placement.world_size))
-    torch.set_num_threads(config.trainer.num_threads or max(len(os.sched_getaffinity(0)) // local_ranks, 1))
-    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    deterministic = config.trainer.deterministic if config.trainer.deterministic is not None else on_cpu
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # advice about worker counts and logging that does not apply to this loader
-    warnings.filterwarnings("ignore", module="lightning.*")

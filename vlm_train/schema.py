@@ -56,11 +56,14 @@ class SplitConfig:
 
 @dataclass
 class AugmentConfig:
-    """Random resized crop (share of the area, aspect ratio) and horizontal flip probability."""
+    """Random resized crop (share of the area, aspect ratio), mirroring, colours; the last three are probabilities or
+    strengths in 0..1."""
 
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (0.75, 1.3333333)
     flip: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
 
 
 @dataclass
@@ -202,8 +205,13 @@ def check(config: DictConfig) -> None:
     _choice("logger.name", config.logger.name, ("none", "wandb"))
     _choice("logger.mode", config.logger.mode, ("online", "offline"))
     _require(config.checkpoint.keep >= 1, "checkpoint.keep is too small", got=config.checkpoint.keep, allowed=">= 1")
-    _require(config.checkpoint.every_steps >= 1, "checkpoint.every_steps is too small",
-             got=config.checkpoint.every_steps, allowed=">= 1", remedy="one checkpoint is always written at the end")  # fmt: skip
+    _require(
+        config.checkpoint.every_steps >= 1,
+        "checkpoint.every_steps is too small",
+        got=config.checkpoint.every_steps,
+        allowed=">= 1",
+        remedy="one checkpoint is always written at the end",
+    )
     check_targets(OmegaConf.to_container(config, resolve=True))
 
 
@@ -232,8 +240,13 @@ def _check_trainer(config: DictConfig) -> None:
              allowed=f"at most {smallest}", remedy="a larger trainer.micro_batch, or null")  # fmt: skip
     _require(trainer.num_nodes == 1, "more than one node needs a scheduler, which this version cannot submit to yet",
              got=f"trainer.num_nodes={trainer.num_nodes}", allowed="1", remedy="trainer.num_nodes=1")  # fmt: skip
-    _require(not (config.precision.name == "fp16" and trainer.accelerator == "cpu"), "fp16 needs a GPU",
-             got="precision=fp16 trainer.accelerator=cpu", allowed="fp32, bf16, fp64 on CPU", remedy="precision=bf16")  # fmt: skip
+    _require(
+        not (config.precision.name == "fp16" and trainer.accelerator == "cpu"),
+        "fp16 needs a GPU",
+        got="precision=fp16 trainer.accelerator=cpu",
+        allowed="fp32, bf16, fp64 on CPU",
+        remedy="precision=bf16",
+    )
 
 
 def _check_data(config: DictConfig) -> None:

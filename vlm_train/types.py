@@ -117,7 +117,8 @@ class Tokenizer(Protocol):
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids [B, T] int64 and mask [B, T] bool; T = context_length (the collate trims)."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one row of ids, without special tokens."""
 
     def save(self, directory: str) -> None:
         """Writes files that `load_tokenizer(directory)` and `transformers.AutoTokenizer` read."""
@@ -142,7 +143,8 @@ class Model(Protocol):
     image_spec: ImageSpec
     text_spec: TextSpec
 
-    def __call__(self, batch: Batch) -> Outputs: ...
+    def __call__(self, batch: Batch) -> Outputs:
+        """Runs every tower that the batch has fields for."""
 
     def forward_flops(self, num_text_tokens: int) -> dict[str, float]:
         """Forward FLOPs of one sample by part (`vision`, `text`): 2 per multiply-add, no recompute, no padding."""
@@ -153,7 +155,8 @@ class Evaluator(Protocol):
 
     name: str
 
-    def run(self, embedder: Any, batches: Iterator[Batch]) -> Mapping[str, Any]: ...
+    def run(self, embedder: Any, batches: Iterator[Batch]) -> Mapping[str, Any]:
+        """Collective: one result, equal on every rank."""
 
 
 def rank_share(total: int, rank: int, world_size: int) -> tuple[int, int]:

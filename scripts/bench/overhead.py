@@ -43,7 +43,9 @@ def main() -> int:
         pairs = []
         for number in range(num_pairs):
             pairs.append((ours(config, Path(folder) / f"run-{number}", folder), bare(config, folder)))
-            print(f"pair {number + 1}: engine {pairs[-1][0] * 1e3:.1f} ms a step, bare loop {pairs[-1][1] * 1e3:.1f} ms")
+            print(
+                f"pair {number + 1}: engine {pairs[-1][0] * 1e3:.1f} ms a step, bare loop {pairs[-1][1] * 1e3:.1f} ms"
+            )
     ratio = statistics.median(engine / loop for engine, loop in pairs)
     return report([Row(claim="time of a step, engine / bare loop", value=ratio, bar=1.03, sense="<=")], options.json)
 
@@ -58,8 +60,9 @@ def ours(config, path: Path, folder: str) -> float:
     """Median seconds a step through the engine, as metrics.jsonl tells it."""
     parts = build.network(config, build.load_tokenizer(f"{folder}/run/tokenizer"))
     suite = build.evaluation_suite(parts, ALONE)
-    trainer = build.lightning_trainer(config, ALONE, build.callbacks(config, make_run(path), suite, []))
-    trainer.fit(build.training_module(parts, ALONE), train_dataloaders=build.train_loader(parts, ALONE))
+    loader = build.train_loader(parts, ALONE)
+    trainer = build.make_trainer(config, build.callbacks(parts, make_run(path), loader, suite, []))
+    trainer.fit(build.training_module(parts, ALONE), train_dataloaders=loader)
     return statistics.median(row["samples"] / row["step"] / row["samples_per_second"] for row in _runs.rows(path)[2:-1])
 
 

@@ -3,8 +3,8 @@
     python scripts/proof/kill_resume.py            3 kills on one process and on two
     python scripts/proof/kill_resume.py --full     20 kills each
 
-Every column is compared as text but for the three that measure the machine. The control resumes with another seed for the
-data order, which must differ.
+Every column is compared as text but for the three that measure the machine. The control resumes with another seed for
+the data order, which must differ.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def train_encoder():
     return SampleEncoder(transform=transform, tokenizer=ByteTokenizer())
 
 
-def loader_of(source, selection, rank=0, world_size=1, workers=0, rate=1.0, **spec):
+def loader_of(source, selection, rank=0, world_size=1, workers=0, **spec):
     spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
     return TrainLoader(
         source=source,
@@ -107,7 +107,6 @@ def loader_of(source, selection, rank=0, world_size=1, workers=0, rate=1.0, **sp
         rank=rank,
         world_size=world_size,
         num_workers=workers,
-        max_error_rate=rate,
     )
 
 

@@ -167,16 +167,6 @@ def test_what_does_not_fit_is_refused(source, selection):
     assert "global_batch" in caught.value.remedy
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_samples_stop_the_run_with_a_list(source, selection, workers):
-    loader = loader_of(source, selection, workers=workers, rate=0.05)
-    with pytest.raises(DataError, match="too many bad samples") as caught:
-        list(loader)
-    assert "image_truncated" in str(caught.value) and caught.value.remedy
-    assert loader._errors.num_read >= len(selection)  # judged after a whole epoch, not before
-    assert len(list(loader_of(source, selection, workers=workers, rate=0.2))) == NUM_STEPS
-
-
 def test_a_shard_of_which_nothing_is_left_is_replaced_by_the_next(tmp_path):
     source = ShardSource(shards=str(write_dataset(tmp_path, (3, 3, 3))))
     (tmp_path / "00001.tar").unlink()

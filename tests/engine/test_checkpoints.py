@@ -71,7 +71,8 @@ def test_a_writer_killed_at_any_instant_leaves_a_good_checkpoint(tmp_path: Path)
         "from vlm_train.engine import checkpoints as c\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for step in range(1, 10**6):\n"
-        "    t = c.begin(folder, step); (t / c.STATE).write_bytes(bytes([step % 251]) * 200_000); c.commit(t, step, 2)\n"
+        "    t = c.begin(folder, step); (t / c.STATE).write_bytes(bytes([step % 251]) * 200_000)\n"
+        "    c.commit(t, step, 2)\n"
     )
     root = str(Path(__file__).resolve().parents[2])
     for attempt in range(8):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_factors_rise_then_never_rise_again(total: int, share: float, final: flo
         assert all(0 <= factor <= 1 for factor in factors)
         assert factors[:warmup] == sorted(factors[:warmup])
         after = factors[warmup:]
-        assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+        assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
 @pytest.mark.parametrize("warmup", [-1, 11])

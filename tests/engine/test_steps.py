@@ -64,7 +64,9 @@ def make_batch(start: int, stop: int) -> Batch:
     texts = torch.randn(GLOBAL_BATCH, 5, generator=generator, dtype=torch.float64)
     labels = torch.arange(GLOBAL_BATCH) % 5 - 1
     rows = slice(start, stop)
-    return Batch(images=images[rows], text_ids=texts[rows], labels=labels[rows], weights=torch.ones(stop - start), step=3)
+    return Batch(
+        images=images[rows], text_ids=texts[rows], labels=labels[rows], weights=torch.ones(stop - start), step=3
+    )
 
 
 def gradients(objective_name: str, plan: StepPlan, dropout: float = 0.0) -> dict[str, Tensor]:

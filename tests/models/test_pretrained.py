@@ -136,7 +136,9 @@ def test_efficientnet_really_classifies() -> None:
     images = drawings(224)
     assert recognised(tower, head, images) >= 20
     torch.manual_seed(0)
-    assert recognised(TimmVision(name="tf_efficientnet_lite0", pretrained=False).requires_grad_(False), head, images) <= 4
+    assert (
+        recognised(TimmVision(name="tf_efficientnet_lite0", pretrained=False).requires_grad_(False), head, images) <= 4
+    )
 
 
 def test_every_tensor_of_the_checkpoint_lies_where_its_name_says() -> None:

@@ -39,8 +39,12 @@ def _show(words: list[str]) -> None:
         if not path.is_file():
             known = [f"{group}/{choice}" for group, choices in groups().items() for choice in choices]
             close = nearest(words[0], known)
-            raise ConfigError("no such config file", got=words[0], allowed="GROUP/CHOICE",
-                              remedy=f"vlm-train configs show {close[0]}" if close else "vlm-train configs list")  # fmt: skip
+            raise ConfigError(
+                "no such config file",
+                got=words[0],
+                allowed="GROUP/CHOICE",
+                remedy=f"vlm-train configs show {close[0]}" if close else "vlm-train configs list",
+            )
         print(path.read_text(), end="")
         return
     from omegaconf import OmegaConf

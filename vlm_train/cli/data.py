@@ -11,11 +11,16 @@ from typing import Any
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
 
-USAGE = """usage: vlm-train data import openmoji OUT                 4,000 drawings with names; a tenth of the names held out
-       vlm-train data import folder FOLDER OUT            images with KEY.txt beside them, or a captions.csv/json/jsonl/parquet
-       vlm-train data import coco ANNOTATIONS IMAGES OUT  COCO captions JSON, or Karpathy's dataset_coco.json
-       vlm-train data make scenes OUT --num-samples N --seed S   rendered scenes with complete ground truth
-       vlm-train data index SHARDS                        the manifest of tars (made on first use anyway)"""
+USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
+           4,000 drawings with names; a tenth of the names is held out
+       vlm-train data import folder FOLDER OUT [--val-fraction 0.1]
+           images with KEY.txt beside them, or one captions.csv|json|jsonl|parquet with image, caption[, label]
+       vlm-train data import coco ANNOTATIONS IMAGES OUT [--split NAME]
+           COCO captions JSON, or Karpathy's dataset_coco.json
+       vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
+           rendered scenes with complete ground truth
+       vlm-train data index SHARDS ...
+           the manifest of tars (made on first use anyway)"""
 
 
 def main(words: list[str]) -> int:
@@ -130,8 +135,12 @@ class Ticker:
             return
         self._last = now
         line = f"{done}/{total} {self.noun}"
-        print(f"\r\x1b[K{line}" if self.is_terminal else line, end="\n" if not self.is_terminal or done == total else "",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"\r\x1b[K{line}" if self.is_terminal else line,
+            end="\n" if not self.is_terminal or done == total else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _tell(summary: Summary) -> None:

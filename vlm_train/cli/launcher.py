@@ -1,7 +1,7 @@
 """One process per rank on this machine, by the environment contract of torchrun.
 
-Why not torchrun itself here: its agent hides which exit code a rank ended with, signals every rank a second time on Ctrl-C,
-and leaves ranks behind when it is killed. Ranks started by torchrun or srun elsewhere run the same module
+Why not torchrun itself here: its agent hides which exit code a rank ended with, signals every rank a second time on
+Ctrl-C, and leaves ranks behind when it is killed. Ranks started by torchrun or srun elsewhere run the same module
 (`python -m vlm_train.cli.rank RUN_DIR`) and see the same variables.
 """
 

@@ -1,8 +1,8 @@
 """Which run a command means: a new one, or one to go on with.
 
-`run.resume=auto` (default) goes on with the run named by run.id or run.dir; without a name, with the experiment's newest
-run if that is unfinished and its config says the same about what is learned. `never` always starts afresh. A path to a
-run or to one of its checkpoints goes on from there.
+`run.resume=auto` (default) goes on with the run named by run.id or run.dir; without a name, with the experiment's
+newest run if that is unfinished and its config says the same about what is learned. `never` always starts afresh. A
+path to a run or to one of its checkpoints goes on from there.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def usage() -> str:
         lines.append(f"  {group:11}{', '.join(choices)}")
     lines += ["", "experiments"]
     for name in groups().get("experiment", []):
-        lines.append(f"  {name:16}{headline(conf_dir() / 'experiment' / f'{name}.yaml')}")
+        lines.append(f"  {name:18}{headline(conf_dir() / 'experiment' / f'{name}.yaml')}")
     return "\n".join([*lines, "", KEYS])
 
 
@@ -70,10 +70,10 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     checkpoint = checkpoint or checkpoints.newest(run.checkpoints)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
+    run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
+    checkpoints.retire_after(run.checkpoints, step)
     build.prepare(config, run, fresh=step == 0, progress=LOG.info)
     # from here on the run exists: what could be refused has been
-    run.rewind(step)
-    checkpoints.retire_after(run.checkpoints, step)
     write_atomic(run.config, OmegaConf.to_yaml(config))
     point_latest(run)
     run.event("resume" if step else "start", {"step": step, "command": words, "ranks": config.trainer.devices})

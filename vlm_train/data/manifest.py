@@ -67,7 +67,8 @@ class Manifest:
 
     `shards`: paths. `parts`: the Parquet part of each. `starts` int64 [num_shards + 1]: first row of each shard, and
     the end. `uids` uint8 [N, 16]. `offsets` int64 [N], `lengths` uint32 [N]: bytes of the sample in its shard.
-    `fingerprint`: sha256 over the parts' sha256 in order. `errors`: {shard, key, reason} of what indexing left out.
+    `fingerprint`: sha256 over what the samples are, in order, not over how a part file stores it: new columns or
+    another Parquet writer change nothing. `errors`: {shard, key, reason} of what indexing left out.
     """
 
     shards: list[Path]
@@ -278,7 +279,7 @@ def _load(shards: list[Path], entries: list[tuple[Path, dict[str, Any]]]) -> Man
         uids=uids,
         offsets=offsets,
         lengths=lengths,
-        fingerprint=_sha256("".join(entry["sha256"] for _, entry in entries).encode()),
+        fingerprint=_sha256(starts.tobytes() + uids.tobytes()),
         errors=[error for _, entry in entries for error in entry["errors"]],
     )
 

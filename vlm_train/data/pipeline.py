@@ -26,8 +26,6 @@ from vlm_train.errors import CheckpointError, ConfigError, DataError, VlmError
 from vlm_train.types import Batch
 
 _STATE_VERSION = 1
-_MIN_READ = 1000  # below this many samples a rate of bad ones says little
-_NUM_SHOWN = 5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,12 +40,10 @@ class TrainLoader:
         rank: this process.
         world_size: number of processes; any, also one that does not divide the global batch.
         num_workers: worker processes of this rank; 0 loads in the trainer's process.
-        max_error_rate: share of bad samples above which the run stops.
 
     Raises:
         ConfigError: more ranks than samples in a global batch.
-        DataError: the selection is not of this source, keeps nothing, or less than `epoch_end: drop` needs. While
-            iterating: more bad samples than `max_error_rate`.
+        DataError: the selection is not of this source, keeps nothing, or less than `epoch_end: drop` needs.
     """
 
     def __init__(
@@ -60,12 +56,10 @@ class TrainLoader:
         rank: int,
         world_size: int,
         num_workers: int,
-        max_error_rate: float,
     ) -> None:
         _check_fit(source, selection, stream, world_size)
         self._steps = TrainSteps(source, selection, stream, encoder, rank, world_size)
         self._spec, self._num_workers = stream, num_workers
-        self._errors = _ErrorBudget(max_error_rate, self._steps.stream.epoch_length // world_size)
         self._consumed = 0
         self._definition = {
             "version": _STATE_VERSION,
@@ -86,11 +80,15 @@ class TrainLoader:
         loader = _loader(self._steps, range(first, self._spec.num_steps), self._num_workers)
         try:
             for batch in _run(loader):
-                self._errors.add(batch)
                 self._consumed = (batch["step"] + 1) * self._spec.global_batch
                 yield batch
         finally:
             _stop(loader)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Positions of one epoch."""
+        return self._steps.stream.epoch_length
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: JSON, under 1 kB, the same on every rank."""
@@ -109,7 +107,7 @@ class TrainLoader:
                     f"the data of this run is not the data of the checkpoint: `{name}` differs",
                     got=f"{value} in this run",
                     allowed=f"{state.get(name)}, as in the checkpoint",
-                    remedy=f"restore `{name}`, or start a new run from the checkpoint's weights",
+                    remedy=f"restore `{name}`, or start a new run: run.resume=never",
                 )
         consumed = state.get("consumed")
         if not isinstance(consumed, int) or consumed < 0 or consumed % self._spec.global_batch:
@@ -156,36 +154,13 @@ class EvalLoader:
         return _run(self._loader)
 
 
-class _ErrorBudget:
-    """Counts bad samples of this rank and stops the run when they are too many."""
-
-    def __init__(self, max_rate: float, epoch_share: int) -> None:
-        self.max_rate, self.min_read = max_rate, min(_MIN_READ, max(1, epoch_share))
-        self.num_read, self.num_bad = 0, 0
-        self.first: list[dict[str, Any]] = []
-
-    def add(self, batch: Batch) -> None:
-        """Raises DataError with the first bad samples once their rate is above the limit."""
-        self.num_read += int(batch["weights"].count_nonzero())
-        self.num_bad += len(batch["errors"])
-        self.first += batch["errors"][: _NUM_SHOWN - len(self.first)]
-        if self.num_read >= self.min_read and self.num_bad > self.max_rate * self.num_read:
-            shown = "; ".join(f"{e['shard']} {e['key'] or e['row']}: {e['reason']}" for e in self.first)
-            raise DataError(
-                f"too many bad samples: {self.num_bad} of {self.num_read}; the first: {shown}",
-                got=f"a rate of {self.num_bad / self.num_read:.4f}",
-                allowed=f"at most {self.max_rate}",
-                remedy="look at data_errors.jsonl, run `vlm-train data verify`, or raise `max_error_rate`",
-            )
-
-
 def _check_fit(source: ShardedSource, selection: Selection, stream: StreamSpec, world_size: int) -> None:
     if selection.num_rows != len(source) or selection.manifest not in (None, source.fingerprint):
         raise DataError(
             "the selection was made for other data",
             got=f"{selection.num_rows} rows of manifest {selection.manifest}",
             allowed=f"{len(source)} rows of manifest {source.fingerprint}",
-            remedy="make it again with `vlm-train data prune` on these shards",
+            remedy="make the selection again on these shards",
         )
     if stream.global_batch < world_size:
         raise ConfigError(

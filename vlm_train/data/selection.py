@@ -148,7 +148,7 @@ class Selection:
                 f"selection `{source}` cannot be read",
                 got=f"{type(error).__name__}: {error}",
                 allowed="a directory with selection.npy and provenance.json",
-                remedy="make it again with `vlm-train data prune`",
+                remedy="make the selection again",
             ) from None
         if found.fingerprint != facts["fingerprint"]:
             raise DataError(f"selection `{source}` is damaged", got="bits that do not match provenance.json")
@@ -157,7 +157,7 @@ class Selection:
                 f"selection `{source}` was made for other data",
                 got=f"manifest {found.manifest}",
                 allowed=f"manifest {manifest}",
-                remedy="give the shards it was made for, or run `vlm-train data prune` on these",
+                remedy="give the shards it was made for, or make it again on these",
             )
         return found
 

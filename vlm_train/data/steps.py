@@ -122,7 +122,9 @@ class TrainSteps(Steps):
                 return sample, {**first, "replaced_by": row} if first else None
             first = first or error
         raise DataError(
-            "no sample near a bad one can be read", got=first, remedy="look at the shard: `vlm-train data verify`"
+            "no sample near a bad one can be read",
+            got=first,
+            remedy="restore the shards, or leave them out of data.train.shards",
         )
 
 

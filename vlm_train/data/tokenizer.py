@@ -25,8 +25,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from vlm_train.data.writer import write_atomically
 from vlm_train.assets import resolve_asset
+from vlm_train.data.writer import write_atomically
 from vlm_train.errors import ConfigError, DataError
 from vlm_train.types import TextSpec, Tokenizer
 

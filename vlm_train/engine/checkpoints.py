@@ -1,8 +1,8 @@
 """Checkpoints that can be trusted: a directory is a checkpoint only once it is complete, and is never written again.
 
-Writing: `.step-N.tmp-*` -> files, flushed -> manifest.json with size and sha256 of each -> rename to `step-N` -> LATEST by
-rename. Older ones go only after the new one has been read back and verified. Reading walks from the newest to the oldest
-and takes the first that verifies, saying loudly what it passed over.
+Writing: `.step-N.tmp-*` -> files, flushed -> manifest.json with size and sha256 of each -> rename to `step-N` ->
+LATEST by rename. Older ones go only after the new one has been read back and verified. Reading walks from the newest
+to the oldest and takes the first that verifies, saying loudly what it passed over.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def verify(path: Path) -> None:
 
 
 def newest(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all. Raises CheckpointError if all are bad."""
+    """The newest checkpoint that verifies, or None where there is none. Raises CheckpointError if all are bad."""
     failures = []
     for path in reversed(committed(folder)):
         try:

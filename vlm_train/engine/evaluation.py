@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class EvaluationSuite:
     ) -> None:
         self.evaluators, self.loader = dict(evaluators), loader
         self.tokenizer, self.autocast = tokenizer, autocast
+        self.errors: list[dict[str, Any]] = []  # samples of this rank that the last pass could not read
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -39,8 +40,12 @@ class EvaluationSuite:
         was_training = model.training
         model.eval()
         embedder = Embedder(model=model, tokenizer=self.tokenizer, device=device, autocast=self.autocast)
-        results = {
-            name: dict(evaluator.run(embedder, iter(self.loader))) for name, evaluator in self.evaluators.items()
-        }
+        results = {name: dict(each.run(embedder, self._batches())) for name, each in self.evaluators.items()}
         model.train(was_training)
         return results
+
+    def _batches(self) -> Iterator[Batch]:
+        self.errors = []
+        for batch in self.loader:
+            self.errors += batch["errors"]
+            yield batch

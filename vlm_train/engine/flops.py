@@ -1,8 +1,8 @@
 """Model FLOP utilisation: useful arithmetic done, as a share of what the machine could do.
 
 Useful means forward plus backward (twice the forward) of one pass over each sample, without recomputation, padding or
-embedding look-ups; a frozen part counts its forward only. The peak of a GPU is its data sheet's dense figure; the peak of a
-CPU is measured, as the best of a few large matrix products with the threads this rank has.
+embedding look-ups; a frozen part counts its forward only. The peak of a GPU is its data sheet's dense figure; the
+peak of a CPU is measured, as the best of a few large matrix products with the threads this rank has.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class TrainingModule(lightning.LightningModule):
 
     @torch.no_grad()
     def _average(self) -> None:
-        """averaged += (1 - decay) * (weights - averaged), after the clamp, so the average is of weights that were used."""
+        """averaged += (1 - decay) * (weights - averaged), after the clamp: an average of weights that were used."""
         if self.averaged_model is None or self.optim.ema_decay is None:
             return
         averages: list[Tensor] = list(self.averaged_model.parameters())

@@ -1,8 +1,9 @@
 """A run directory: what lies where, and how its files stay truthful when a run is killed at any instant.
 
-metrics.jsonl, events.jsonl, data_errors.jsonl and evals/history.jsonl are append-only lines of JSON, one write per line. On
-resume from step s, lines of the first, third and fourth that belong to later steps (and a torn last line) are removed
-before training goes on, so a file never tells a step twice. Everything else is written beside its name and renamed.
+metrics.jsonl, events.jsonl, data_errors.jsonl and evals/history.jsonl are append-only lines of JSON, one write per
+line. On resume from step s, lines of the first, third and fourth that belong to later steps (and a torn last line)
+are removed before training goes on, so a file never tells a step twice. Everything else is written beside its name
+and renamed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gradients of one optimizer step: K micro-batches on this rank, the same result as one big batch.
 
-A separable objective is a sum over samples, so micro-batches just add up. A coupled one (contrastive) needs every pair of
-the global batch; with K > 1 the cached two-pass scheme (GradCache, Gao et al. 2021) runs:
+A separable objective is a sum over samples, so micro-batches just add up. A coupled one (contrastive) needs every
+pair of the global batch; with K > 1 the cached two-pass scheme (GradCache, Gao et al. 2021) runs:
 
 1. forward every micro-batch without graph and keep the features only;
 2. evaluate the loss on the features of the whole step, and take its gradient with respect to the features and to the
@@ -29,7 +29,7 @@ from vlm_train.objectives.base import CoupledObjective, Objective, SeparableObje
 from vlm_train.types import Batch, LossOutput, Model, rank_share
 
 Backward = Callable[[Tensor, bool], None]
-"""(scalar, is_last): backward through the strategy; gradients are reduced over ranks on the last call of a step only."""
+"""(scalar, is_last): backward through the strategy; only the last call of a step reduces gradients over ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

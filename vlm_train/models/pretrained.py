@@ -1,8 +1,8 @@
 """What all adapters of foreign networks share: staying frozen, finding blocks.
 
-A part is frozen when none of its parameters learns; that is said in one place, `optim.groups`. Then it also runs without
-a graph (no activations are kept) and stays in evaluation mode whatever the trainer says, so that its dropout is off and
-its batch statistics do not drift.
+A part is frozen when none of its parameters learns; that is said in one place, `optim.groups`. Then it also runs
+without a graph (no activations are kept) and stays in evaluation mode whatever the trainer says, so that its dropout
+is off and its batch statistics do not drift.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Sample i is a pure function of (seed, i, size, corruption), so a longer dataset begins with the shorter one. A sample is
 in `val` when the hash of "SEED:i" falls below `val_fraction`. Scenes are drawn from one distribution: pictures do not
-repeat across the split, but a short caption ("a red circle") may, so retrieval must count equal captions as right.
+repeat across the split, but a short caption ("a red circle") may, so a retrieval score over scenes has a ceiling
+below 100.
 
 KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes}] with the box of the visible pixels
 (x1, y1 exclusive), `relations` [{subject, predicate, object}] by position in `regions`, `counts`, `negations` (true

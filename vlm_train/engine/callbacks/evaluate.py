@@ -1,4 +1,4 @@
-"""Runs the evaluators between two steps, on every rank, on the weights that will be used (the moving average if any)."""
+"""Runs the evaluators between two steps, on every rank, on the weights that will be used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import lightning
 
 from vlm_train.distributed import collectives
+from vlm_train.engine.callbacks.data_errors import record_errors
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory, append_line, write_atomic
+from vlm_train.log import get_logger
 from vlm_train.types import Batch
+
+LOG = get_logger(__name__)
 
 
 class Evaluate(lightning.Callback):
@@ -34,8 +38,13 @@ class Evaluate(lightning.Callback):
         if step != self.num_steps and not (self.every_steps and step % self.every_steps == 0):
             return
         results = self.suite.run(pl_module.evaluated_model, pl_module.device)
+        num_errors = record_errors(self.run, step, "val", self.suite.errors)
         if collectives.rank() == 0:
             record(self.run, step, results)
+        if num_errors:
+            LOG.warning(
+                "%d validation samples could not be read and were left out: %s", num_errors, self.run.data_errors
+            )
 
 
 def record(run: RunDirectory, step: int, results: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
-"""One row of metrics.jsonl per step, the data errors of that step, and a progress line a person can read.
+"""One row of metrics.jsonl per step, and a progress line a person can read.
 
-metrics.jsonl is the truth; W&B is fed from the same row. Only rank 0 writes it. Everything in a row is a function of config
-and step alone, but for the columns named in MACHINE_COLUMNS, which measure the machine.
+metrics.jsonl is the truth; W&B is fed from the same row. Only rank 0 writes it. Everything in a row is a function of
+config and step alone, but for the columns named in MACHINE_COLUMNS, which measure the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import lightning
 import torch
 
-from vlm_train.distributed import collectives
 from vlm_train.engine.flops import peak_flops, training_flops_per_sample
 from vlm_train.engine.rundir import RunDirectory, append_line
 from vlm_train.log import get_logger
@@ -28,7 +27,7 @@ Sink = Callable[[Mapping[str, Any]], None]
 
 
 class Recorder(lightning.Callback):
-    """Writes rows, data errors and progress.
+    """Writes rows and progress.
 
     Args:
         run: the run's directory.
@@ -60,7 +59,6 @@ class Recorder(lightning.Callback):
     ) -> None:
         """Writes what this step learned and what it cost."""
         step = batch["step"] + 1
-        self._record_errors(batch, step)
         if not trainer.is_global_zero:
             return
         now = time.perf_counter()
@@ -89,16 +87,6 @@ class Recorder(lightning.Callback):
     def mark_step_end(self) -> None:
         """Starts the clock of the next step."""
         self._step_ended = time.perf_counter()
-
-    def _record_errors(self, batch: Batch, step: int) -> None:
-        for errors in collectives.gather_objects(batch.get("errors", [])) if self._any_error(batch) else []:
-            for error in errors if collectives.rank() == 0 else []:
-                append_line(self.run.data_errors, {"step": step, **error})
-
-    @staticmethod
-    def _any_error(batch: Batch) -> bool:
-        count = torch.tensor([len(batch.get("errors", []))])
-        return bool(collectives.all_reduce_sum(count.to(batch["weights"].device)).item())
 
 
 class StepEnd(lightning.Callback):

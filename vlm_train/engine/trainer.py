@@ -1,0 +1,64 @@
+"""What Lightning and torch are told before a run: the only place that knows their words for our choices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""precision -> dtype of the towers' matrix products; absent where there is no autocast."""
+
+PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
+
+
+def set_up_torch(*, accelerator: str, deterministic: bool | None, num_threads: int | None) -> None:
+    """Threads of this rank (cores / local ranks unless given) and determinism (on CPU unless given)."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(num_threads or max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+    on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    deterministic = on_cpu if deterministic is None else deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # advice about worker counts and logging that does not apply to this loader
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+def lightning_trainer(
+    *,
+    accelerator: str,
+    devices: int,
+    num_nodes: int,
+    strategy: str,
+    precision: str,
+    callbacks: list[lightning.Callback],
+) -> lightning.Trainer:
+    """A Trainer that only drives: records, checkpoints, evaluation and progress are our callbacks.
+
+    The whole run is one epoch of the loader, which knows its length, so Lightning prefetches nothing and the loader's
+    count of consumed batches is right at every step.
+    """
+    environment = TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
+    return lightning.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp" if strategy == "ddp" else "auto",
+        precision=PRECISION[precision],
+        plugins=[environment],
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
