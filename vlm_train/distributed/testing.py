@@ -30,7 +30,7 @@ class RankFailure(VlmError):
     """A rank of `run_ranks` raised, died or did not finish in time; `got` holds its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """`fn(*args)` on each of `world_size` gloo processes; returns the results in rank order.
 
     Args:
