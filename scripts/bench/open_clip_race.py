@@ -34,7 +34,7 @@ from vlm_train.data.manifest import open_manifest
 from vlm_train.evaluation.retrieval import Retrieval
 
 CALIBRATION_STEPS = 25
-CROP = "[0.6,1.0]"
+CROP = "[0.7,1.0]"
 
 
 def main() -> int:

@@ -60,5 +60,7 @@ def main(words: list[str]) -> int:
     print("certificate, transformers on this folder against the trained model:")
     print(f"  largest difference of unit features  {report.feature_difference:.1e}")
     print(f"  largest difference of logits         {report.logit_difference:.1e}")
+    if report.left_out_bias is not None:
+        print(f"CLIPModel has no place for the logit bias {report.left_out_bias:.4f}; rankings are the same without it")
     print(f'next: transformers.AutoModel.from_pretrained("{out}")')
     return 0

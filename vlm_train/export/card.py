@@ -43,10 +43,15 @@ PADDING = {
     "clip": "Padding does not change the result; the text is read at its end token.\n",
     "siglip": "Always pad to `max_length`: the text is read at the last position, padding included.\n",
 }
+LEFT_OUT = """Trained with the sigmoid objective, whose logit bias of {bias:.4f} CLIPModel has no place for: add it to the logits
+before a sigmoid. Rankings and softmax are the same without it.
+"""
 RESIZE = {"shortest": "bicubic on the short side, then the centre", "squash": "bicubic to the square"}
 
 
-def model_card(model: DualEncoder, family: str, feature_difference: float) -> str:
+def model_card(
+    model: DualEncoder, family: str, feature_difference: float, *, left_out_bias: float | None = None
+) -> str:
     """The card's text for an exported `model`."""
     image, text = model.image_spec, model.text_spec
     return CARD.format(
@@ -60,6 +65,6 @@ def model_card(model: DualEncoder, family: str, feature_difference: float) -> st
         context_length=text.context_length,
         embed_dim=model.embed_dim,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        padding=PADDING[family],
+        padding=PADDING[family] + ("" if left_out_bias is None else LEFT_OUT.format(bias=left_out_bias)),
         difference=feature_difference,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class ExportReport:
     """The certificate of an export: `transformers` on the written folder against our model, on a fixed batch.
 
     `feature_difference`: largest absolute difference of unit-length features; `logit_difference`: of the logits.
+    `left_out_bias`: the bias that a CLIPModel has no place for; without it every logit is shifted by one constant, which
+    changes no ranking and no softmax.
     """
 
     directory: str
@@ -54,6 +56,7 @@ class ExportReport:
     num_parameters: int
     feature_difference: float
     logit_difference: float
+    left_out_bias: float | None = None
 
 
 def export_transformers(
@@ -69,17 +72,10 @@ def export_transformers(
         out: folder to write, made if missing.
 
     Raises:
-        ConfigError: transformers has no model for these towers, or no place for the bias.
+        ConfigError: transformers has no model for these towers.
         CheckpointError: the written folder does not reproduce the model.
     """
     family, directory = family_of(model), Path(out)
-    if family == "clip" and logit_bias is not None:
-        raise ConfigError(
-            "CLIPModel of transformers has no logit bias",
-            got="CLIP towers trained with the sigmoid objective",
-            allowed="CLIP towers with infonce; SigLIP towers with infonce or sigmoid",
-            remedy="train with model=siglip_*, or export with the bias left out if only rankings matter",
-        )
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
     scale = logit_scale.detach().to("cpu", torch.float32)
     bias = None if family == "clip" else torch.zeros(1) if logit_bias is None else logit_bias.detach().cpu().float()
@@ -92,7 +88,10 @@ def export_transformers(
     if family == "siglip":
         _hide_padding_mask(directory)
     report = _certify(reference, tokenizer, scale, bias, directory)
-    (directory / "README.md").write_text(model_card(reference, family, report.feature_difference), encoding="utf-8")
+    if bias is None and logit_bias is not None:
+        report = replace(report, left_out_bias=float(logit_bias))
+    card = model_card(reference, family, report.feature_difference, left_out_bias=report.left_out_bias)
+    (directory / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
