@@ -110,8 +110,9 @@ def open_clip_run(
     tars = "::".join(str(path) for path in open_manifest(str(shards)).shards)
     words = ["--train-data", tars, "--dataset-type", "webdataset", "--dataset-resampled", "--train-num-samples",
              str(num_steps * batch), "--batch-size", str(batch), "--epochs", "1", "--warmup", str(warmup),
-             "--lr", str(config.optim.lr), "--wd", str(config.optim.weight_decay), "--beta1", str(config.optim.betas[0]),
-             "--beta2", str(config.optim.betas[1]), "--eps", str(config.optim.eps), "--grad-clip-norm", "1.0",
+             "--lr", str(config.optim.lr), "--wd", str(config.optim.weight_decay),
+             "--beta1", str(config.optim.betas[0]), "--beta2", str(config.optim.betas[1]),
+             "--eps", str(config.optim.eps), "--grad-clip-norm", "1.0",
              "--precision", "fp32", "--workers", "1", "--device", "cpu", "--model", "same_towers", "--seed", str(seed),
              "--logs", str(folder), "--name", name, "--aug-cfg", f"scale=({low}, {high})",
              "--log-every-n-steps", "10"]  # fmt: skip

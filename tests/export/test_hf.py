@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from vlm_train.data.tokenizer import BytePairTokenizer
-from vlm_train.errors import CheckpointError, ConfigError
+from vlm_train.errors import CheckpointError
 from vlm_train.export import hf
 from vlm_train.export.hf import TOLERANCE, export_transformers, import_transformers
 from vlm_train.models.dual_encoder import DualEncoder

@@ -43,8 +43,8 @@ PADDING = {
     "clip": "Padding does not change the result; the text is read at its end token.\n",
     "siglip": "Always pad to `max_length`: the text is read at the last position, padding included.\n",
 }
-LEFT_OUT = """Trained with the sigmoid objective, whose logit bias of {bias:.4f} CLIPModel has no place for: add it to the logits
-before a sigmoid. Rankings and softmax are the same without it.
+LEFT_OUT = """Trained with the sigmoid objective, whose logit bias of {bias:.4f} CLIPModel has no place for: add it to
+the logits before a sigmoid. Rankings and softmax are the same without it.
 """
 RESIZE = {"shortest": "bicubic on the short side, then the centre", "squash": "bicubic to the square"}
 

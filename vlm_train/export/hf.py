@@ -47,8 +47,8 @@ class ExportReport:
     """The certificate of an export: `transformers` on the written folder against our model, on a fixed batch.
 
     `feature_difference`: largest absolute difference of unit-length features; `logit_difference`: of the logits.
-    `left_out_bias`: the bias that a CLIPModel has no place for; without it every logit is shifted by one constant, which
-    changes no ranking and no softmax.
+    `left_out_bias`: the bias that a CLIPModel has no place for; without it every logit is shifted by one constant,
+    which changes no ranking and no softmax.
     """
 
     directory: str
