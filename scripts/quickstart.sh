@@ -15,7 +15,7 @@ vlm-train train experiment=quickstart "$@"
 
 say "searching the held-out drawings, which the model has never seen"
 run=runs/quickstart/latest
-vlm-train predict run=$run text="red heart" images=data/openmoji/val out=$run/media/search.png
+vlm-train predict run=$run text="green heart" text="eight o'clock" text="a sleepy face" images=data/openmoji/val out=$run/media/search.png
 
 say "result"
 cat $run/evals/retrieval.json

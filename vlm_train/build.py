@@ -7,7 +7,7 @@ trained run for evaluation, search and export. Everything else receives finished
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def network(config: DictConfig, tokenizer: Tokenizer) -> Parts:
     """Model and objective, initialised from the seed; keys that do not fit each other are refused here."""
     torch.manual_seed(config.seed)
     node = {key: value for key, value in config.model.items() if key not in ("text", "tokenizer")}
-    text = make(config.model.text, spec=tokenizer.spec)
-    model = make(node, text=text)
+    text = make(config.model.text, {"spec": tokenizer.spec})
+    model = make(node, {"text": text})
     objective = make(config.objective)
     check_outputs(objective, model.outputs)
     return Parts(config=config, tokenizer=tokenizer, model=model, objective=objective)
@@ -262,7 +262,7 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
     return parts
 
 
-def make(node: Any, **runtime: Any) -> Any:
+def make(node: Any, runtime: Mapping[str, Any] | None = None) -> Any:
     """The part that `node` describes, with the runtime values that no config holds; a `_partial_` stays one.
 
     hydra's wrapper is taken off our own errors: users read those.
@@ -274,7 +274,7 @@ def make(node: Any, **runtime: Any) -> Any:
         while cause is not None and not isinstance(cause, VlmError):
             cause = cause.__cause__ or cause.__context__
         raise (cause or error) from None
-    return factory if node.get("_partial_") else factory(**runtime)
+    return factory if node.get("_partial_") else factory(**(runtime or {}))
 
 
 def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
