@@ -137,3 +137,9 @@ def test_configs_mistakes(words: list[str]) -> None:
 
     with pytest.raises(ConfigError):
         main(words)
+
+
+@pytest.mark.parametrize(("global_batch", "bias"), [(64, -4.143), (22_000, -10.0), (1, 0.0)])
+def test_the_sigmoid_bias_starts_at_the_share_of_right_pairs(global_batch: int, bias: float) -> None:
+    config = compose_config(["objective=sigmoid", f"trainer.global_batch={global_batch}"], checked=False)
+    assert config.objective.init_bias == pytest.approx(bias, abs=2e-3)

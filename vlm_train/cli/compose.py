@@ -6,6 +6,7 @@ defines it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def compose_config(words: Sequence[str], *, checked: bool = True) -> DictConfig:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    OmegaConf.register_new_resolver("prior_logit", lambda num: -math.log(max(num - 1, 1)), replace=True)
     ConfigStore.instance().store(name="base_config", node=Config)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
