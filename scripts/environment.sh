@@ -51,3 +51,20 @@ make_environment() {
     fi
     export PATH="$venv/bin:$PATH"
 }
+
+# ffcv, which the tests hold our .beton files against: from source, with the system's OpenCV and libjpeg-turbo. Without
+# it those tests are skipped, and nothing else needs it.
+install_ffcv() {
+    local hash=42766a487c8a659b543d070f24732c4b65aab8d96980f5792c63e91e55511f00
+    "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ffcv") is None)' && return
+    if ! install_system_packages g++ pkg-config libopencv-dev libturbojpeg0-dev ||
+        ! pkg-config --exists opencv4 libturbojpeg || ! command -v g++ >/dev/null; then
+        echo "warning: ffcv is not installed: g++, OpenCV or libjpeg-turbo is missing; its tests are skipped" >&2
+        echo "  remedy:  apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev" >&2
+        return
+    fi
+    say "installing ffcv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        --require-hashes -r <(echo "ffcv==1.0.2 --hash=sha256:$hash") ||
+        echo "warning: ffcv is not installed: it could not be built; its tests are skipped" >&2
+}

@@ -5,6 +5,8 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 make_environment
+install_system_packages nginx-light
+install_ffcv
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true TOKENIZERS_PARALLELISM=false
 
 if [ $# -eq 0 ]; then

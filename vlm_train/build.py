@@ -7,7 +7,7 @@ trained run for evaluation, search and export. Everything else receives finished
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vlm_train.data.captions import iter_captions
+from vlm_train.data import building
+from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.gallery import ShardGallery
-from vlm_train.data.manifest import open_manifest
-from vlm_train.data.patterns import expand_shards
-from vlm_train.data.pipeline import EvalLoader, SampleEncoder, StreamSpec, TrainLoader
-from vlm_train.data.selection import Selection
-from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.indexing import Progress
+from vlm_train.data.pipeline import EvalLoader, TrainLoader
+from vlm_train.data.steps import StreamSpec
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.data.transforms import EvalTransform, TrainTransform
 from vlm_train.engine import checkpoints
@@ -79,18 +78,19 @@ class Parts:
         return spec
 
 
-def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Callable[[str], None]) -> None:
+def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Progress) -> None:
     """Indexes the shards and, for a `fresh` run, trains or copies the tokenizer; once, before any rank starts."""
+    data = _plain(config.data)
     for split in ("train", "val"):
-        manifest = open_manifest(_plain(config.data[split].shards), progress=progress)
-        record_left_out(
-            run if fresh else None, split, manifest.errors, len(manifest), max_error_rate=config.data.max_error_rate
-        )
+        found = list(building.manifests(data, split, progress))
+        errors = [error for manifest in found for error in manifest.errors()]
+        num_samples = sum(map(len, found))
+        record_left_out(run if fresh else None, split, errors, num_samples, max_error_rate=config.data.max_error_rate)
     if not fresh:
         return
     tokenizer = make(config.model.tokenizer)
     if callable(getattr(tokenizer, "func", None)):  # a tokenizer that is trained: a partial that waits for captions
-        tokenizer = tokenizer(iter_captions(expand_shards(_plain(config.data.train.shards))))
+        tokenizer = tokenizer(building.train_captions(data))
     tokenizer.save(str(run.tokenizer))
 
 
@@ -115,12 +115,6 @@ def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train:
 def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
     """The training stream of this rank."""
     config = parts.config
-    source = ShardSource(shards=_plain(config.data.train.shards))
-    selection = (
-        Selection.load(Path(config.data.selection), source.fingerprint)
-        if config.data.selection
-        else Selection.all(len(source))
-    )
     stream = StreamSpec(
         seed=config.seed,
         global_batch=config.trainer.global_batch,
@@ -128,22 +122,21 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
         shuffle_window=config.data.shuffle_window,
         epoch_end=config.data.epoch_end,
     )
-    return TrainLoader(
-        source=source,
-        selection=selection,
-        stream=stream,
-        encoder=encoder(config, parts.image_spec, parts.tokenizer, train=True),
-        rank=placement.rank,
-        world_size=placement.world_size,
-        num_workers=config.data.num_workers,
+    steps = building.train_steps(
+        _plain(config.data),
+        stream,
+        encoder(config, parts.image_spec, parts.tokenizer, train=True),
+        placement.rank,
+        placement.world_size,
     )
+    return TrainLoader(steps=steps, num_workers=config.data.num_workers)
 
 
 def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     """The evaluators of the config over its validation split."""
     config = parts.config
     loader = EvalLoader(
-        source=ShardSource(shards=_plain(config.data.val.shards)),
+        source=building.eval_source(_plain(config.data)),
         encoder=encoder(config, parts.image_spec, parts.tokenizer, train=False),
         batch_size=config.evaluation.batch_size,
         rank=placement.rank,

@@ -2,7 +2,7 @@
 
 1. Dataclasses give every root key and every key of the plain groups a type; Hydra merges YAML and overrides into them,
    so a misspelt key cannot pass silently.
-2. `check` refuses impossible combinations (what, got, allowed, remedy).
+2. `check` refuses impossible values and combinations (checks.py: what, got, allowed, remedy).
 3. Keys of `_target_` nodes are compared with the constructor they name (signatures.py).
 4. `learning_view` is the part of a config that says what is learned. Two configs with an equal view may resume each
    other's runs; everything else is the machine's business.
@@ -15,12 +15,9 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from vlm_train.checks import check_values
 from vlm_train.errors import ConfigError
 from vlm_train.signatures import check_targets
-
-STRATEGIES = ("single", "ddp")
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
-EPOCH_ENDS = ("drop", "wrap", "pad_zero_weight")
 
 
 @dataclass
@@ -49,7 +46,8 @@ class TrainerConfig:
 
 @dataclass
 class SplitConfig:
-    """Where a split lies: a folder, a glob, a brace pattern, or a list of these."""
+    """Where a split lies: a folder, a glob, a brace pattern, a URL, or a list of these; for training also a mixture,
+    {name: {shards, weight, selection}}."""
 
     shards: Any = None
 
@@ -76,9 +74,13 @@ class DataConfig:
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int = 1
-    shuffle_window: int = 64
+    shuffle_window: int = 64  # shards mixed together; 0 keeps the order of the files
     epoch_end: str = "drop"
     max_error_rate: float = 0.01
+    streaming: bool = False  # read tars from front to back: for what cannot be read at random
+    shuffle_buffer: int = 1000  # samples mixed together where data.streaming is on; 0 keeps the order of the files
+    cache_gb: float = 20.0  # of the local disk, for shards of servers
+    retry_seconds: float = 300.0  # how long a read goes on trying when a server does not answer
 
 
 @dataclass
@@ -164,6 +166,8 @@ MACHINE_KEYS = (
     "trainer.num_threads",
     "data.num_workers",
     "data.max_error_rate",
+    "data.cache_gb",
+    "data.retry_seconds",
     "data.val",
     "data.classes",
 )
@@ -189,83 +193,9 @@ def _under(key: str, parent: str) -> bool:
     return key == parent or key.startswith(parent + ".")
 
 
-def _require(holds: bool, what: str, *, got: object = None, allowed: object = None, remedy: str | None = None) -> None:
-    if not holds:
-        raise ConfigError(what, got=got, allowed=allowed, remedy=remedy)
-
-
 def check(config: DictConfig) -> None:
     """Refuses what cannot run. Raises ConfigError."""
     for key in sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{key} has no value", allowed="a value", remedy=f"add {key}=...")
-    _check_trainer(config)
-    _check_data(config)
-    _choice("strategy.name", config.strategy.name, STRATEGIES)
-    _choice("precision.name", config.precision.name, PRECISIONS)
-    _choice("logger.name", config.logger.name, ("none", "wandb"))
-    _choice("logger.mode", config.logger.mode, ("online", "offline"))
-    _require(config.checkpoint.keep >= 1, "checkpoint.keep is too small", got=config.checkpoint.keep, allowed=">= 1")
-    _require(
-        config.checkpoint.every_steps >= 1,
-        "checkpoint.every_steps is too small",
-        got=config.checkpoint.every_steps,
-        allowed=">= 1",
-        remedy="one checkpoint is always written at the end",
-    )
+    check_values(config)
     check_targets(OmegaConf.to_container(config, resolve=True))
-
-
-def _choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
-    group = key.removesuffix(".name")
-    _require(value in allowed, f"{key} is not known", got=value, allowed=", ".join(allowed),
-             remedy=f"{group}={allowed[0]}" if key.endswith(".name") else f"{key}={allowed[0]}")  # fmt: skip
-
-
-def _check_trainer(config: DictConfig) -> None:
-    trainer = config.trainer
-    for key in ("max_steps", "global_batch", "devices", "num_nodes", "micro_batch", "num_threads"):
-        value = trainer[key]
-        _require(value is None or value >= 1, f"trainer.{key} must be positive", got=value, allowed=">= 1")
-    _choice("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
-    world_size = trainer.devices * trainer.num_nodes
-    _require(world_size == 1 or config.strategy.name != "single", "strategy=single runs one rank only",
-             got=f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}",
-             allowed="1 and 1, or a distributed strategy", remedy="add strategy=ddp")  # fmt: skip
-    _require(trainer.global_batch >= world_size, "trainer.global_batch is smaller than the number of ranks",
-             got=f"{trainer.global_batch} samples for {world_size} ranks", allowed=f">= {world_size}")  # fmt: skip
-    smallest, largest = trainer.global_batch // world_size, -(-trainer.global_batch // world_size)
-    num_micro_batches = -(-largest // (trainer.micro_batch or largest))
-    _require(num_micro_batches <= smallest, "a rank would run an empty micro-batch",
-             got=f"{num_micro_batches} micro-batches for {smallest} samples on a rank",
-             allowed=f"at most {smallest}", remedy="a larger trainer.micro_batch, or null")  # fmt: skip
-    _require(trainer.num_nodes == 1, "more than one node needs a scheduler, which this version cannot submit to yet",
-             got=f"trainer.num_nodes={trainer.num_nodes}", allowed="1", remedy="trainer.num_nodes=1")  # fmt: skip
-    _require(
-        not (config.precision.name == "fp16" and trainer.accelerator == "cpu"),
-        "fp16 needs a GPU",
-        got="precision=fp16 trainer.accelerator=cpu",
-        allowed="fp32, bf16, fp64 on CPU",
-        remedy="precision=bf16",
-    )
-
-
-def _check_data(config: DictConfig) -> None:
-    data = config.data
-    _choice("data.epoch_end", data.epoch_end, EPOCH_ENDS)
-    for split in ("train", "val"):
-        _require(bool(data[split].shards), f"data.{split}.shards has no value",
-                 allowed="a folder, a glob, a brace pattern, or a list of these",
-                 remedy=f"data.{split}.shards='path/{{00000..00012}}.tar'")  # fmt: skip
-    low, high = data.augment.scale
-    _require(0 < low <= high <= 1, "data.augment.scale is no share of the image", got=[low, high],
-             allowed="0 < low <= high <= 1", remedy="data.augment.scale=[0.9,1.0]")  # fmt: skip
-    low, high = data.augment.ratio
-    _require(0 < low <= high, "data.augment.ratio is no range of aspect ratios", got=[low, high],
-             allowed="0 < low <= high", remedy="data.augment.ratio=[0.75,1.3333]")  # fmt: skip
-    _require(
-        0 <= data.augment.flip <= 1, "data.augment.flip is no probability", got=data.augment.flip, allowed="0 to 1"
-    )
-    _require(data.num_workers >= 0, "data.num_workers must not be negative", got=data.num_workers, allowed=">= 0")
-    _require(
-        0 <= data.max_error_rate <= 1, "data.max_error_rate is no share", got=data.max_error_rate, allowed="0 to 1"
-    )

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_che
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from vlm_train.errors import DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,6 +90,8 @@ class Batch(TypedDict, total=False):
     all_captions: list[list[str]]  # every caption of the sample (evaluation only)
     keys: list[str]
     metadata: list[dict[str, Any]]  # KEY.json of each sample (evaluation only)
+    finish: Tensor  # [B, 3] float32, factors for imaging.recolour; only where that is left to the trainer's device
+    place: dict[str, Any]  # where a stream of tars stood when the step began: epoch, epoch_start
     step: int  # global step this batch belongs to (0-based)
     errors: list[dict[str, Any]]  # samples that could not be read: {shard, key, row, reason}
 
@@ -125,14 +130,21 @@ class Tokenizer(Protocol):
 
 
 class Source(Protocol):
-    """A dataset on disk with random access. Row numbers are manifest rows."""
+    """A dataset with random access. Row numbers are manifest rows."""
 
-    fingerprint: str  # sha256 over the manifest parts, hex: what a loader state is checked against
+    fingerprint: str  # sha256 over the content of the manifest, hex: what a loader state is checked against
+
+    @property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """First row of each shard and the end, [num_shards + 1]."""
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> RawSample:
-        """Raises errors.DataError (or OSError) when the bytes cannot be had."""
+    def read(self, rows: NDArray[np.int64]) -> Sequence[RawSample | DataError]:
+        """The samples of rows [n], in that order; one that cannot be had is the error in its place."""
+
+    def locate(self, row: int) -> tuple[str, str]:
+        """(shard name, key) of a row."""
 
 
 class Model(Protocol):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vlm_train.data.collate import SampleEncoder
-from vlm_train.data.pipeline import StreamSpec, TrainLoader
+from vlm_train.data.pipeline import TrainLoader
+from vlm_train.data.steps import Ingredient, StreamSpec, TrainSteps
 from vlm_train.data.transforms import TrainTransform
 from vlm_train.types import ImageSpec, TextSpec
 
@@ -99,15 +100,10 @@ def train_encoder():
 
 def loader_of(source, selection, rank=0, world_size=1, workers=0, **spec):
     spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
-    return TrainLoader(
-        source=source,
-        selection=selection,
-        stream=StreamSpec(**spec),
-        encoder=train_encoder(),
-        rank=rank,
-        world_size=world_size,
-        num_workers=workers,
+    steps = TrainSteps(
+        [Ingredient(source=source, selection=selection)], StreamSpec(**spec), train_encoder(), rank, world_size
     )
+    return TrainLoader(steps=steps, num_workers=workers)
 
 
 def merged(batches):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
+from data_fixtures import encoded, pixels
 
-from vlm_train.data.captions import iter_captions
+from vlm_train.data.captions import CaptionStream, every_sample
+from vlm_train.data.decode import SampleError
+from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.writer import ShardWriter
-from vlm_train.errors import DataError
-
-IMAGE = b"\xff\xd8\xff pretend"
+from vlm_train.types import RawSample
 
 
-def shards(directory: Path, samples: list[dict[str, bytes]], max_samples: int = 3) -> list[Path]:
+def source_of(directory: Path, samples: list[dict[str, bytes]], max_samples: int = 3) -> ShardSource:
     writer = ShardWriter(directory, max_samples=max_samples)
     for index, parts in enumerate(samples):
-        writer.write(f"{index:04d}", {"jpg": IMAGE, **parts})
-    return [directory / row["file"] for row in writer.close()]
+        writer.write(f"{index:04d}", {"jpg": encoded(pixels(index)), **parts})
+    writer.close()
+    return ShardSource(shards=str(directory))
+
+
+def captions_of(source: ShardSource, max_samples: int = 100) -> CaptionStream:
+    return CaptionStream(lambda: every_sample(source, max_samples))
 
 
 def test_captions_of_text_and_json_in_order(tmp_path):
@@ -28,46 +33,38 @@ def test_captions_of_text_and_json_in_order(tmp_path):
         {"json": json.dumps({"caption": "three"}).encode()},
         {"txt": "vier \U0001f642".encode()},
     ]
-    stream = iter_captions(shards(tmp_path, samples, max_samples=2))
+    stream = captions_of(source_of(tmp_path, samples, max_samples=2))
     assert list(stream) == ["one", "two", "zwei", "three", "vier \U0001f642"]
     assert stream.num_captions == 5
     assert not stream.skipped
     assert list(stream) == ["one", "two", "zwei", "three", "vier \U0001f642"]  # it can be read again
 
 
-def test_bad_samples_are_skipped_and_counted(tmp_path):
+def test_bad_samples_are_skipped_and_counted():
     samples = [
         {"txt": b"good"},
         {"txt": b"na\xefve"},
         {"txt": b"fine", "json": b"{broken"},
         {"json": b'{"captions": ["half \\ud800 a pair"]}'},
         {"json": b"{}"},
+        SampleError("unreadable", got="gone"),
         {"txt": b"also good"},
     ]
-    stream = iter_captions(shards(tmp_path, samples))
+    raw = [sample if isinstance(sample, SampleError) else RawSample(b"", "k", "s", sample) for sample in samples]
+    stream = CaptionStream(lambda: raw)
     assert list(stream) == ["good", "also good"]
-    assert stream.skipped == {"caption_utf8": 2, "metadata_json": 1, "no_caption": 1}
+    assert stream.skipped == {"caption_utf8": 2, "metadata_json": 1, "no_caption": 1, "unreadable": 1}
 
 
-def test_limit(tmp_path):
-    paths = shards(tmp_path, [{"txt": f"caption {n}".encode()} for n in range(10)])
-    stream = iter_captions(paths, limit=4)
-    assert list(stream) == [f"caption {n}" for n in range(4)]
-    assert stream.num_captions == 4
-    assert list(iter_captions(paths, limit=0)) == []
+def test_of_many_samples_evenly_spaced_ones_are_read(tmp_path):
+    source = source_of(tmp_path, [{"txt": f"caption {n}".encode()} for n in range(10)])
+    assert list(captions_of(source, 4)) == [f"caption {n}" for n in (0, 2, 5, 7)]
+    assert list(captions_of(source, 10)) == [f"caption {n}" for n in range(10)]
 
 
-def test_a_cut_shard_gives_what_is_whole_and_counts_the_rest(tmp_path):
-    (path,) = shards(tmp_path, [{"txt": f"caption {n}".encode()} for n in range(3)])
-    path.write_bytes(path.read_bytes()[: 2 * 2048 + 512])
-    stream = iter_captions([path])
-    assert list(stream) == ["caption 0", "caption 1"]
-    assert sum(stream.skipped.values()) == 1
-
-
-def test_a_missing_or_useless_shard_is_an_error(tmp_path):
-    (tmp_path / "zeros.tar").write_bytes(bytes(10240))
-    with pytest.raises(DataError, match="no usable sample"):
-        list(iter_captions([tmp_path / "zeros.tar"]))
-    with pytest.raises(DataError, match="cannot be opened"):
-        list(iter_captions([tmp_path / "missing.tar"]))
+def test_a_shard_that_is_gone_costs_its_captions_and_is_counted(tmp_path):
+    source = source_of(tmp_path, [{"txt": f"caption {n}".encode()} for n in range(5)])
+    (tmp_path / "00001.tar").unlink()
+    stream = captions_of(source)
+    assert list(stream) == ["caption 0", "caption 1", "caption 2"]
+    assert stream.skipped == {"shard_unreadable": 2}

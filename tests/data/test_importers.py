@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from vlm_train.data.importers import image_suffix, import_coco, import_folder
+from vlm_train.data.importers import import_coco, import_folder
+from vlm_train.data.records import image_suffix
 from vlm_train.errors import DataError
 
 

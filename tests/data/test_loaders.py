@@ -64,7 +64,7 @@ def test_evaluation_covers_each_sample_once_in_order(source, world_size):
         [b["uids"].numpy()[b["weights"].numpy() > 0] for batches in ranks for b in batches if b["weights"].any()]
     )
     good = [row for row in range(len(source)) if row not in BAD]
-    assert uids.tobytes() == source.manifest.uids[good].tobytes()
+    assert uids.tobytes() == source.manifest.uids(np.array(good)).tobytes()
     errors = [error for batches in ranks for batch in batches for error in batch["errors"]]
     assert [error["row"] for error in errors] == list(BAD) and {error["replaced_by"] for error in errors} == {None}
 

@@ -1,20 +1,35 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_train.data.order import Stream, WindowedOrder, permute
+from vlm_train.data.order import Stream, WindowedOrder, permute, source_seed
+from vlm_train.data.selection import Selection
 from vlm_train.errors import DataError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
+# shards of rows that come 0 to 3 times in an epoch, not all of them whole numbers
+REPEATS = st.lists(st.lists(st.sampled_from([0, 0.25, 1, 1.5, 3]), max_size=12), min_size=1, max_size=12).filter(
+    lambda shards: sum(map(sum, shards)) >= 1
+)
 
 
 def order_of(counts, *, seed=0, window=4):
-    return WindowedOrder(counts=np.array(counts), seed=seed, shuffle_window=window)
+    """Every row kept, so that rows are slots."""
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return WindowedOrder(selection=Selection.all(sum(counts)), shard_starts=starts, seed=seed, shuffle_window=window)
+
+
+def weighted(shards, *, seed=0, window=4):
+    starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])])
+    selection = Selection.from_weights(np.concatenate(shards))
+    return WindowedOrder(selection=selection, shard_starts=starts, seed=seed, shuffle_window=window)
 
 
 def epoch_of(order, epoch=0):
-    return order.index(epoch, np.arange(len(order)))
+    return order.rows(epoch, np.arange(len(order)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -36,7 +51,7 @@ def test_an_epoch_is_a_permutation_of_the_kept_samples(counts, seed, epoch, wind
 def test_a_position_does_not_depend_on_what_else_is_asked(counts, seed, data):
     whole = epoch_of(order_of(counts, seed=seed), 3)
     asked = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=9)))
-    assert np.array_equal(order_of(counts, seed=seed).index(3, asked), whole[asked])
+    assert np.array_equal(order_of(counts, seed=seed).rows(3, asked), whole[asked])
 
 
 def test_epochs_and_seeds_differ_and_file_order_is_file_order():
@@ -82,47 +97,114 @@ def test_neighbours_in_a_shard_are_not_neighbours_in_the_stream():
 
 
 @settings(max_examples=60, deadline=None)
+@given(shards=REPEATS, seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 600), window=st.integers(0, 15))
+def test_an_epoch_with_weights_is_a_permutation_of_its_slots(shards, seed, epoch, window):
+    order = weighted(shards, seed=seed, window=window)
+    assert np.array_equal(np.sort(order.slots(epoch, np.arange(len(order)))), np.arange(len(order)))
+    rows = order.selection.select(np.arange(len(order)), seed, epoch)
+    assert np.array_equal(np.sort(epoch_of(order, epoch)), rows)
+    asked = np.arange(0, len(order), 3)
+    assert np.array_equal(weighted(shards, seed=seed, window=window).rows(epoch, asked), epoch_of(order, epoch)[asked])
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=REPEATS, epoch=st.integers(0, 600), window=st.integers(1, 5))
+def test_a_window_with_weights_reads_only_its_shards(shards, epoch, window):
+    order = weighted(shards, window=window)
+    shard = np.searchsorted(order.shard_starts, epoch_of(order, epoch), side="right") - 1
+    seen = shard[np.sort(np.unique(shard, return_index=True)[1])]  # shards in the order in which they come
+    first = {number: int((shard == number).argmax()) for number in seen}
+    last = {number: int(np.flatnonzero(shard == number)[-1]) for number in seen}
+    for number in seen:  # at most `window` shards are open between the first and the last sample of one
+        assert len(set(shard[first[number] : last[number] + 1])) <= window
+
+
+def test_equal_weights_shuffle_as_bits_do():
+    shards = [[1.0] * count for count in (3, 5, 0, 4)]
+    assert np.array_equal(epoch_of(weighted(shards, seed=7, window=2), 1), PINNED)
+
+
+@settings(max_examples=60, deadline=None)
 @given(counts=COUNTS, global_batch=st.integers(1, 50), num=st.integers(1, 300))
 def test_epoch_ends(counts, global_batch, num):
     order, num_kept = order_of(counts), sum(counts)
     wrap = Stream(order=order, global_batch=global_batch, epoch_end="wrap")
-    epochs, indices, weights = wrap.locate(np.arange(num))
+    epochs, rows, weights = wrap.locate(np.arange(num))
     assert (weights == 1).all() and np.array_equal(epochs, np.arange(num) // num_kept)
-    assert indices.tolist() == [int(order.index(p // num_kept, np.array([p % num_kept]))[0]) for p in range(num)]
+    assert rows.tolist() == [int(order.rows(p // num_kept, np.array([p % num_kept]))[0]) for p in range(num)]
 
     pad = Stream(order=order, global_batch=global_batch, epoch_end="pad_zero_weight")
-    epochs, indices, weights = pad.locate(np.arange(pad.epoch_length))
+    epochs, rows, weights = pad.locate(np.arange(pad.epoch_length))
     assert pad.epoch_length % global_batch == 0 and not epochs.any() and weights.sum() == num_kept
-    assert sorted(indices[weights > 0].tolist()) == list(range(num_kept))
+    assert sorted(rows[weights > 0].tolist()) == list(range(num_kept))
 
     if global_batch > num_kept:
         with pytest.raises(DataError, match="smaller than one global batch"):
             Stream(order=order, global_batch=global_batch, epoch_end="drop")
         return
     drop = Stream(order=order, global_batch=global_batch, epoch_end="drop")
-    _, indices, weights = drop.locate(np.arange(drop.epoch_length))
+    _, rows, weights = drop.locate(np.arange(drop.epoch_length))
     assert drop.epoch_length == num_kept // global_batch * global_batch and (weights == 1).all()
-    assert len(set(indices.tolist())) == drop.epoch_length
+    assert len(set(rows.tolist())) == drop.epoch_length
+
+
+def test_a_stream_with_weights_repeats_rows_as_often_as_they_weigh():
+    order = weighted([[0.5, 2, 0, 1], [1.25, 0.25, 3]])
+    stream = Stream(order=order, global_batch=3, epoch_end="wrap")
+    epochs, rows, _ = stream.locate(np.arange(8 * 256))
+    assert stream.epoch_length == 8 and np.array_equal(epochs, np.repeat(np.arange(256), 8))
+    assert (np.bincount(rows) / 256).tolist() == [0.5, 2, 0, 1, 1.25, 0.25, 3]
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts=COUNTS, data=st.data())
-def test_replacements_try_the_rest_of_the_shard_first_and_each_sample_once(counts, data):
-    order = order_of(counts)
-    index = data.draw(st.integers(0, sum(counts) - 1))
-    tried = list(order.replacements(index))
-    assert sorted([*tried, index]) == list(range(sum(counts)))
-    shard = np.repeat(np.arange(len(counts)), counts)
-    own = counts[shard[index]] - 1
-    assert (shard[tried[:own]] == shard[index]).all()
-    assert (
-        own == 0
-        or tried[0] == index + 1
-        or shard[min(index + 1, len(shard) - 1)] != shard[index]
-        or index + 1 == len(shard)
-    )
+@given(shards=REPEATS, data=st.data())
+def test_replacements_try_the_rest_of_the_shard_first_and_each_kept_row_once(shards, data):
+    order, sizes = weighted(shards), [len(shard) for shard in shards]
+    kept = np.flatnonzero(np.concatenate(shards)).tolist()
+    row = data.draw(st.sampled_from(kept))
+    shard = np.repeat(np.arange(len(sizes)), sizes)
+    tried = list(order.replacements(row))
+    assert sorted([*tried, row]) == kept
+    # round the shards from the row on: what the rule says, in other words
+    around = sorted(tried, key=lambda r: ((shard[r] - shard[row]) % len(sizes), shard[r] == shard[row] and r < row, r))
+    assert tried == around
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=REPEATS, data=st.data())
+def test_a_shard_that_is_gone_is_passed_over_at_any_moment(shards, data):
+    order, sizes = weighted(shards), [len(shard) for shard in shards]
+    shard = np.repeat(np.arange(len(sizes)), sizes)
+    row = data.draw(st.sampled_from(np.flatnonzero(np.concatenate(shards)).tolist()))
+    gone = data.draw(st.sets(st.sampled_from(range(len(shards)))))
+    left, tried, asked = order.replacements(row), [], 0
+    if shard[row] in gone:
+        left.skip_shard()
+    for candidate in left:
+        asked += shard[candidate] in gone
+        if shard[candidate] in gone:
+            left.skip_shard()
+        else:
+            tried.append(candidate)
+    assert tried == [candidate for candidate in order.replacements(row) if shard[candidate] not in gone]
+    assert asked <= len(gone - {shard[row]})  # one look at each shard that is gone
+
+
+def test_a_replacement_is_found_without_a_list_of_the_rows():
+    """2^26 kept rows in one shard: the first candidates come at once, wherever the bad row stands."""
+    order = order_of([1 << 26])
+    assert list(itertools.islice(order.replacements((1 << 26) - 3), 4)) == [(1 << 26) - 2, (1 << 26) - 1, 0, 1]
+
+
+def test_the_seed_of_a_source_depends_on_its_name_alone():
+    assert source_seed(5, "") == 5
+    seeds = [source_seed(seed, name) for seed in (5, 6, 51) for name in ("cc12m", "laion", "1 laion")]
+    assert len(set(seeds)) == 9 and source_seed(5, "laion") == 16341434395406777802
+    assert all(0 <= seed < 1 << 64 for seed in seeds)
 
 
 def test_an_empty_selection_is_refused():
     with pytest.raises(DataError, match="no sample is left"):
         order_of([0, 0])
+    with pytest.raises(DataError, match="no sample is left"):
+        weighted([[0.25, 0.5], [0.125]])

@@ -6,15 +6,32 @@ from data_fixtures import members_of, write_dataset, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_train.data.tar import TarFormatError, index_tar, read_parts, split_name
+from vlm_train.data.formats.base import ShardIndex
+from vlm_train.data.formats.tar import TarFormat, samples, unusable
+from vlm_train.data.storage import open_file
+from vlm_train.data.tar import TarFormatError, read_parts, split_name
 from vlm_train.errors import DataError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
+def found_in(path):
+    """(samples that the headers show, in order, without those that headers convict; the errors; what was ignored)."""
+    index, seen, good = ShardIndex(path.name), set(), []
+    file = open_file(str(path))
+    for sample in samples(file, file.stat().size, index):
+        reason = unusable(sample, seen)
+        seen.add(sample.key)
+        if reason:
+            index.leave_out(sample.key, reason)
+        else:
+            good.append(sample)
+    return good, index.errors, dict(index.ignored)
+
+
 def read_all(path):
     content = path.read_bytes()
-    return {s.key: read_parts(content[s.offset : s.offset + s.length])[1] for s in index_tar(path).samples}
+    return {s.key: read_parts(content[s.offset : s.offset + s.length])[1] for s in found_in(path)[0]}
 
 
 def test_key_ends_at_the_first_dot_of_the_base_name():
@@ -30,10 +47,10 @@ def test_offsets_point_at_the_content_in_every_tar_format(tmp_path, kind):
     names = [f"{directory}/ключ{i}" if kind != tarfile.USTAR_FORMAT else f"{directory}/k{i}" for i in range(3)]
     members = [(f"{name}.{part}", f"{name} {part}".encode() * 50) for name in names for part in ("jpg", "txt")]
     path = write_tar(tmp_path / "a.tar", members, kind=kind)
-    content, index = path.read_bytes(), index_tar(path)
-    assert [sample.key for sample in index.samples] == names
-    assert not index.errors and not index.num_ignored
-    found = {f"{s.key}.{p.name}": content[p.offset : p.offset + p.size] for s in index.samples for p in s.parts}
+    content, (good, errors, ignored) = path.read_bytes(), found_in(path)
+    assert [sample.key for sample in good] == names
+    assert not errors and not ignored
+    found = {f"{s.key}.{name}": content[start : start + size] for s in good for name, start, size in s.parts}
     assert found == dict(members)
     assert read_all(path) == {name: {p: dict(members)[f"{name}.{p}"] for p in ("jpg", "txt")} for name in names}
 
@@ -68,58 +85,61 @@ def test_links_directories_and_pickles_are_ignored_and_counted(tmp_path):
     link.type, link.linkname, folder.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.DIRTYPE
     jpg, txt, _ = members_of("a", 0)
     path = write_tar(tmp_path / "a.tar", [jpg, link, txt, folder, ("a.pkl", b"x"), ("README", b"x")])
-    index = index_tar(path)
-    assert [[part.name for part in sample.parts] for sample in index.samples] == [["jpg", "txt"]]
-    assert index.num_ignored == 4
+    good, _, ignored = found_in(path)
+    assert [[name for name, _, _ in sample.parts] for sample in good] == [["jpg", "txt"]]
+    assert ignored == {"link": 1, "directory": 1, "pickle": 1, "unnamed": 1}
     assert list(read_all(path)["a"]) == ["jpg", "txt"]
+
+
+def reasons(path):
+    return [(error["key"], error["reason"]) for error in found_in(path)[1]]
+
+
+def keys(path):
+    return [sample.key for sample in found_in(path)[0]]
 
 
 def test_a_duplicate_key_keeps_the_first_sample(tmp_path):
     members = [*members_of("a", 0), *members_of("b", 1), *members_of("a", 2), *members_of("b", 3)]
-    index = index_tar(write_tar(tmp_path / "a.tar", members))
-    assert [sample.key for sample in index.samples] == ["a", "b"]
-    assert [(error["key"], error["reason"]) for error in index.errors] == [
-        ("a", "duplicate_key"),
-        ("b", "duplicate_key"),
-    ]
-    twice = index_tar(write_tar(tmp_path / "b.tar", [*members_of("a", 0), *members_of("a", 1)]))
-    assert len(twice.samples) == 1 and twice.errors[0]["reason"] == "duplicate_key"
+    path = write_tar(tmp_path / "a.tar", members)
+    assert keys(path) == ["a", "b"]
+    assert reasons(path) == [("a", "duplicate_key"), ("b", "duplicate_key")]
+    twice = write_tar(tmp_path / "b.tar", [*members_of("a", 0), *members_of("a", 1)])
+    assert keys(twice) == ["a"] and reasons(twice) == [("a", "duplicate_key")]
 
 
 def test_a_member_without_bytes_leaves_its_sample_out(tmp_path):
-    index = index_tar(write_tar(tmp_path / "a.tar", [*members_of("a", 0), *members_of("b", 1, caption=b"")]))
-    assert [sample.key for sample in index.samples] == ["a"]
-    assert index.errors == [{"shard": "a.tar", "key": "b", "reason": "empty_member"}]
+    path = write_tar(tmp_path / "a.tar", [*members_of("a", 0), *members_of("b", 1, caption=b"")])
+    assert keys(path) == ["a"] and reasons(path) == [("b", "empty_member")]
 
 
 def test_a_truncated_tar_keeps_the_whole_samples(tmp_path):
     path = write_tar(tmp_path / "a.tar", [m for i in range(4) for m in members_of(f"k{i}", i)])
-    third = index_tar(path).samples[2]
+    third = found_in(path)[0][2]
     content = path.read_bytes()
     for cut in (third.offset + 700, third.offset + third.length - 1, third.offset + 100):
         path.write_bytes(content[:cut])
-        index = index_tar(path)
-        assert [s.key for s in index.samples] == (["k0", "k1"] if cut > third.offset + 512 else ["k0"])
-        assert [error["reason"] for error in index.errors] == ["truncated"]
+        assert keys(path) == (["k0", "k1"] if cut > third.offset + 512 else ["k0"])
+        assert [reason for _, reason in reasons(path)] == ["truncated"]
     path.write_bytes(content[: third.offset])
-    assert [error["reason"] for error in index_tar(path).errors] == ["no_end_marker"]
+    assert keys(path) == ["k0"] and reasons(path) == [("k1", "no_end_marker")]
 
 
-def test_a_damaged_header_stops_the_walk_and_says_so(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [m for i in range(3) for m in members_of(f"k{i}", i)])
-    content = bytearray(path.read_bytes())
-    content[index_tar(path).samples[2].offset + 5] ^= 1
-    path.write_bytes(content)
-    index = index_tar(path)
-    assert [s.key for s in index.samples] == ["k0"] and index.errors[0]["reason"] == "bad_header"
-
-
-@pytest.mark.parametrize("members", [[], [("README", b"x")], [("a.jpg", b"")]])
-def test_a_tar_with_nothing_usable_is_named(tmp_path, members):
-    path = write_tar(tmp_path / "empty.tar", members)
-    with pytest.raises(DataError, match=r"empty\.tar") as caught:
-        index_tar(path)
-    assert caught.value.remedy
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_a_damaged_header_costs_the_sample_that_it_lies_in(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", [m for i in range(5) for m in members_of(f"k{i}", i)], kind=kind)
+    content, third = path.read_bytes(), found_in(path)[0][2]
+    for name in ("jpg", "txt", "json"):
+        start = next(offset for part, offset, _ in third.parts if part == name)
+        damaged = bytearray(content)
+        damaged[start - 512 + 5] ^= 1
+        path.write_bytes(damaged)
+        assert ("k2", "bad_header") in reasons(path)
+        index = TarFormat().index(open_file(str(path)))
+        kept = set(index.table()["key"].to_pylist())
+        assert {"k0", "k4"} <= kept <= {"k0", "k1", "k3", "k4"}  # its neighbours go where they may have been cut too
+        named = kept | {error["key"] for error in index.errors}
+        assert named == {f"k{i}" for i in range(5)}  # nothing is lost without a word
 
 
 def test_a_compressed_tar_is_refused_with_a_remedy(tmp_path):
@@ -127,13 +147,24 @@ def test_a_compressed_tar_is_refused_with_a_remedy(tmp_path):
     with tarfile.open(path, "w:gz"):
         pass
     with pytest.raises(DataError, match="compressed") as caught:
-        index_tar(path)
-    assert "gzip -d" in caught.value.remedy
+        TarFormat().index(open_file(str(path)))
+    assert "gzip -d" in caught.value.remedy and "data.streaming=true" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("flip", range(0, 512, 37))
+def test_any_changed_byte_of_a_header_is_noticed(tmp_path, kind, flip):
+    """The checksum is compared modulo 65,521: it must still see what a sum sees."""
+    path = write_tar(tmp_path / "a.tar", members_of("a", 0), kind=kind)
+    chunk = bytearray(path.read_bytes())
+    chunk[flip] ^= 0x41
+    with pytest.raises(TarFormatError):
+        read_parts(bytes(chunk))
 
 
 def test_the_bytes_of_two_samples_are_not_one(tmp_path):
     path = write_tar(tmp_path / "a.tar", [*members_of("a", 0), *members_of("b", 1)])
-    first, second = index_tar(path).samples
+    first, second = found_in(path)[0]
     content = path.read_bytes()
     with pytest.raises(TarFormatError, match="does not belong"):
         read_parts(content[first.offset : second.offset + second.length])

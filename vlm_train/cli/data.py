@@ -1,13 +1,12 @@
-"""`vlm-train data import|make|index`: datasets from what people have, and the manifest of their shards."""
+"""`vlm-train data`: datasets from what people have (`import`, `make`), and what is done with shards (`cli/shards`)."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from vlm_train.cli import shards
+from vlm_train.cli.options import Action, Ticker, arguments
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
 
@@ -20,7 +19,17 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
            rendered scenes with complete ground truth
        vlm-train data index SHARDS ...
-           the manifest of tars (made on first use anyway)"""
+           the manifest of shards (made on first use anyway)
+       vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--json FILE]
+           what is wrong with them, and where; exit code 1 if anything is
+       vlm-train data stats SHARDS ... [--out stats.html]
+           sizes, captions, formats, repeats, error rate; a page with pictures
+       vlm-train data select SHARDS ... --where "width >= 256 AND height >= 256" --out DIR [--weight EXPRESSION]
+           which samples count (and how often), by a condition on the manifest's columns
+       vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
+           tars to one FFCV file, or anything to tars
+SHARDS are tars, .beton files, folders of these or of images, globs, 'path/{00000..00012}.tar', or URLs of tars
+(https:// s3:// gs://)"""
 
 
 def main(words: list[str]) -> int:
@@ -28,12 +37,11 @@ def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help") or words[-1] in ("-h", "--help"):
         print(USAGE)
         return 0
-    actions: dict[str, Callable[[list[str]], None]] = {"import": _import, "make": _make, "index": _index}
-    _choose(actions, words[0], "vlm-train data")(words[1:])
-    return 0
+    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS}
+    return _choose(actions, words[0], "vlm-train data")(words[1:]) or 0
 
 
-def _choose(actions: Mapping[str, Callable[[list[str]], None]], name: str, verb: str) -> Callable[[list[str]], None]:
+def _choose(actions: Mapping[str, Action], name: str, verb: str) -> Action:
     if name not in actions:
         close = nearest(name, actions)
         raise ConfigError(f"{verb} does not know this", got=name, allowed=", ".join(actions),
@@ -49,21 +57,21 @@ def _import(words: list[str]) -> None:
 def _import_openmoji(words: list[str]) -> None:
     from vlm_train.data.openmoji import import_openmoji
 
-    (out,), options = _arguments(words, ["OUT"], {"--size": 72})
+    (out,), options = arguments(words, ["OUT"], {"--size": 72})
     _tell(import_openmoji(Path(out), size=int(options["--size"]), progress=Ticker("drawings")))
 
 
 def _import_folder(words: list[str]) -> None:
     from vlm_train.data.importers import import_folder
 
-    (folder, out), options = _arguments(words, ["FOLDER", "OUT"], {"--val-fraction": 0.0})
+    (folder, out), options = arguments(words, ["FOLDER", "OUT"], {"--val-fraction": 0.0})
     _tell(import_folder(Path(folder), Path(out), val_fraction=options["--val-fraction"], progress=Ticker("images")))
 
 
 def _import_coco(words: list[str]) -> None:
     from vlm_train.data.importers import import_coco
 
-    (annotations, images, out), options = _arguments(words, ["ANNOTATIONS", "IMAGES", "OUT"], {"--split": ""})
+    (annotations, images, out), options = arguments(words, ["ANNOTATIONS", "IMAGES", "OUT"], {"--split": ""})
     split = options["--split"] or None
     _tell(import_coco(Path(annotations), Path(images), Path(out), split=split, progress=Ticker("images")))
 
@@ -76,7 +84,7 @@ def _make_scenes(words: list[str]) -> None:
     from vlm_train.data.scenes.make import make_scenes
 
     defaults = {"--num-samples": 10_000, "--seed": 0, "--size": 64, "--val-fraction": 0.1}
-    (out,), options = _arguments(words, ["OUT"], defaults)
+    (out,), options = arguments(words, ["OUT"], defaults)
     summary = make_scenes(
         Path(out),
         num_samples=options["--num-samples"],
@@ -86,61 +94,6 @@ def _make_scenes(words: list[str]) -> None:
         progress=Ticker("scenes"),
     )
     _tell(summary)
-
-
-def _index(words: list[str]) -> None:
-    from vlm_train.data.manifest import open_manifest
-
-    if not words:
-        raise ConfigError("vlm-train data index needs SHARDS", allowed="folders, globs, brace patterns or tars")
-    manifest = open_manifest(words, progress=lambda line: print(line, file=sys.stderr))
-    print(f"{len(manifest)} samples in {len(manifest.shards)} shards; manifest {manifest.fingerprint[:16]}")
-
-
-def _arguments(words: list[str], names: list[str], options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Positional words by name and `--option value` or `--option=value`, converted to the type of the default."""
-    values, given, rest = dict(options), [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            given.append(word)
-            continue
-        name, separator, text = word.partition("=")
-        if name not in options:
-            close = nearest(name, options)
-            raise ConfigError(
-                "no such option", got=name, allowed=", ".join(options), remedy=close[0] if close else None
-            )
-        text = text if separator else (rest.pop(0) if rest else "")
-        try:
-            values[name] = type(options[name])(text)
-        except ValueError as error:
-            raise ConfigError(f"{name} wants {type(options[name]).__name__}", got=repr(text)) from error
-    if len(given) != len(names):
-        raise ConfigError("wrong number of words", got=" ".join(given) or "none", allowed=" ".join(names),
-                          remedy="vlm-train data --help")  # fmt: skip
-    return given, values
-
-
-class Ticker:
-    """Progress of a countable task: one line on a terminal, one line each 30 seconds in a log."""
-
-    def __init__(self, noun: str) -> None:
-        self.noun, self.is_terminal, self._last = noun, sys.stderr.isatty(), time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Shows `done` of `total` if it is time to."""
-        now = time.monotonic()
-        if now - self._last < (0.2 if self.is_terminal else 30.0) and not (self.is_terminal and done == total):
-            return
-        self._last = now
-        line = f"{done}/{total} {self.noun}"
-        print(
-            f"\r\x1b[K{line}" if self.is_terminal else line,
-            end="\n" if not self.is_terminal or done == total else "",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _tell(summary: Summary) -> None:

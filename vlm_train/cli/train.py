@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlm_train.cli.options import Ticker
 from vlm_train.cli.paths import conf_dir, groups, headline
 from vlm_train.cli.tables import describe
 from vlm_train.errors import ConfigError
@@ -72,7 +73,7 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
     run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
     checkpoints.retire_after(run.checkpoints, step)
-    build.prepare(config, run, fresh=step == 0, progress=LOG.info)
+    build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
     # from here on the run exists: what could be refused has been
     write_atomic(run.config, OmegaConf.to_yaml(config))
     point_latest(run)

@@ -1,83 +1,48 @@
-"""One raw record to a `Sample`, and samples to the `Batch` that the model is handed.
+"""Raw records to the `Batch` that the model is handed, written once, where it stays.
 
 This is the middle of the road (decode, transform, tokenize, collate) as one object, because it must behave the same in
-every worker: it holds no state, and its randomness comes from the sample's own key. Text is trimmed to the longest of
-the batch, rounded up to a multiple of 8 (whole tensor-core tiles), where the tower allows it; trailing padding cannot
-change a result there, so ranks may differ in length.
+every worker: it holds no state, and its randomness comes from the sample's own key. The pixels of a batch are one block
+of memory that samples are rendered into; in a worker it is shared with the trainer's process, so that no pixel is
+copied between the two. Text is trimmed to the longest of the batch, rounded up to a multiple of 8 (whole tensor-core
+tiles), where the tower allows it; trailing padding cannot change a result there, so ranks may differ in length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.transforms import Transform, keyed_generator, render
-from vlm_train.types import Batch, RawSample, Sample, Tokenizer
+from vlm_train.imaging import recolour
+from vlm_train.types import Batch, RawSample, Tokenizer
 
 _TEXT_MULTIPLE = 8
 
 
 class SampleEncoder:
-    """Raw record -> sample -> batch.
+    """Raw records -> batch.
 
     Args:
         transform: how an image becomes a square of S pixels.
         tokenizer: how a caption becomes ids.
+        colours_later: leave colour jitter and grey to the trainer, where a GPU does them: batches of a transform that
+            has them get `finish`, the factors for `imaging.recolour`, and pixels without them.
     """
 
-    def __init__(self, *, transform: Transform, tokenizer: Tokenizer) -> None:
-        self.transform, self.tokenizer = transform, tokenizer
+    def __init__(self, *, transform: Transform, tokenizer: Tokenizer, colours_later: bool = False) -> None:
+        self.transform, self.tokenizer, self.colours_later = transform, tokenizer, colours_later
 
-    def encode(self, raw: RawSample, *, seed: int = 0, epoch: int | None = None) -> Sample:
-        """Decodes and transforms one record. `epoch` None is evaluation: the first caption. In training one of the
-        captions is drawn, keyed as the crop is by (seed, epoch, uid).
+    def draft(self, num_rows: int) -> Draft:
+        """Room for a batch of `num_rows` samples, all rows blank."""
+        return Draft(self, num_rows)
 
-        Raises:
-            SampleError: the record cannot be used.
-        """
-        metadata = decode.decode_metadata(raw.parts)
-        captions = decode.decode_captions(raw.parts, metadata)
-        chosen = 0
-        if epoch is not None and len(captions) > 1:
-            chosen = int(keyed_generator(seed, epoch, raw.uid, "caption").random() * len(captions))
-        image = decode.open_image(decode.first_image(raw.parts))
-        generator = keyed_generator(seed, epoch or 0, raw.uid, "image")
-        plan = self.transform.plan(image.width, image.height, generator)
-        min_width, min_height = plan.min_decoded
-        pixels = render(image.decode(min_width=min_width, min_height=min_height), plan)
-        return Sample(uid=raw.uid, key=raw.key, image=pixels, caption=captions[chosen], metadata=metadata)
-
-    def blank(self) -> Sample:
-        """What stands in a row of weight 0: black, no text, uid 0."""
-        return Sample(
-            uid=bytes(16), key="", image=np.zeros((self.transform.size, self.transform.size, 3), np.uint8), caption=""
-        )
-
-    def collate(self, samples: Sequence[Sample], *, weights: Sequence[float], evaluation: bool = False) -> Batch:
-        """Stacks samples. Shapes as in `types.Batch`; `evaluation` adds `all_captions` and `metadata`."""
-        captions = [sample.caption for sample in samples]
-        text_ids, text_mask = self._text(captions)
-        uids = np.frombuffer(b"".join(sample.uid for sample in samples), "<i8").astype(np.int64)
-        batch = Batch(
-            images=_images(samples, self.transform.size),
-            text_ids=text_ids,
-            text_mask=text_mask,
-            weights=torch.tensor(weights, dtype=torch.float32),
-            uids=torch.from_numpy(uids.reshape(-1, 2)),
-            labels=torch.tensor([_label(sample) for sample in samples], dtype=torch.int64),
-            captions=captions,
-            keys=[sample.key for sample in samples],
-        )
-        if evaluation:
-            batch["all_captions"] = [_all_captions(sample) for sample in samples]
-            batch["metadata"] = [sample.metadata for sample in samples]
-        return batch
-
-    def _text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """ids and mask [B, T], T as short as the tower allows."""
         text_ids, text_mask = self.tokenizer(captions)
         if self.tokenizer.spec.pad_to_max:
@@ -87,18 +52,84 @@ class SampleEncoder:
         return text_ids[:, :length].contiguous(), text_mask[:, :length].contiguous()
 
 
-def _images(samples: Sequence[Sample], size: int) -> Tensor:
-    images = np.empty((len(samples), 3, size, size), np.uint8)
-    for row, sample in enumerate(samples):
-        images[row] = sample.image.transpose(2, 0, 1)
-    return torch.from_numpy(images)
+class Draft:
+    """A batch in the making: `put` fills rows in any order, `batch` closes it.
+
+    A row that was never filled stays blank: black, no text, uid 0.
+    """
+
+    def __init__(self, encoder: SampleEncoder, num_rows: int) -> None:
+        self._encoder = encoder
+        self._images = _room((num_rows, encoder.transform.size, encoder.transform.size, 3))
+        self._pixels = self._images.numpy()
+        self._factors = torch.ones(num_rows, 3)
+        self._uids = [bytes(16)] * num_rows
+        self._keys = [""] * num_rows
+        self._captions: list[list[str]] = [[] for _ in range(num_rows)]
+        self._chosen = [""] * num_rows
+        self._metadata: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+        self._blank = set(range(num_rows))
+
+    def put(self, row: int, raw: RawSample, *, seed: int = 0, visit: int | None = None) -> None:
+        """Decodes and transforms one record into a row.
+
+        `visit` None is evaluation: the first caption. In training it is the position in the stream, which is another
+        each time that a sample comes up; one of the captions is drawn, keyed as the crop is by (seed, visit, uid).
+
+        Raises:
+            SampleError: the record cannot be used; the row is as it was.
+        """
+        metadata = decode.decode_metadata(raw.parts)
+        captions = decode.decode_captions(raw.parts, metadata)
+        chosen = 0
+        if visit is not None and len(captions) > 1:
+            chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
+        self._render(row, raw, seed, visit or 0)
+        self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
+        self._captions[row], self._chosen[row] = captions, captions[chosen]
+        self._blank.discard(row)
+
+    def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> None:
+        image = decode.open_image(decode.first_image(raw.parts))
+        uniforms = keyed_generator(seed, visit, raw.uid, "image")
+        plan = self._encoder.transform.plan(image.width, image.height, uniforms)
+        min_width, min_height = plan.min_decoded
+        pixels = image.decode(min_width=min_width, min_height=min_height, fast=not plan.exact)
+        render(pixels, plan, self._pixels[row])
+        if plan.colours is None:
+            return
+        self._factors[row] = torch.tensor(plan.colours)
+        if not self._encoder.colours_later:
+            mine = slice(row, row + 1)
+            view = self._images[mine].permute(0, 3, 1, 2)
+            view.copy_(recolour(view, self._factors[mine]))
+
+    def batch(self, *, weights: Sequence[float], evaluation: bool = False) -> Batch:
+        """The batch. Shapes as in `types.Batch`; `evaluation` adds `all_captions` and `metadata`."""
+        for row in self._blank:
+            self._pixels[row] = 0
+        text_ids, text_mask = self._encoder.text(self._chosen)
+        labels = [decode.decode_label(metadata) for metadata in self._metadata]
+        batch = Batch(
+            images=self._images.permute(0, 3, 1, 2),
+            text_ids=text_ids,
+            text_mask=text_mask,
+            weights=torch.tensor(weights, dtype=torch.float32),
+            uids=torch.frombuffer(bytearray(b"".join(self._uids)), dtype=torch.int64).reshape(-1, 2),
+            labels=torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64),
+            captions=self._chosen,
+            keys=self._keys,
+        )
+        if self._encoder.transform.recolours and self._encoder.colours_later:
+            batch["finish"] = self._factors
+        if evaluation:
+            batch["all_captions"], batch["metadata"] = self._captions, self._metadata
+        return batch
 
 
-def _label(sample: Sample) -> int:
-    label = sample.metadata.get("label")
-    return label if isinstance(label, int) and not isinstance(label, bool) else -1
-
-
-def _all_captions(sample: Sample) -> list[str]:
-    """In evaluation the sample's caption is its first, so this is the list that `encode` saw."""
-    return decode.decode_captions({"txt": sample.caption.encode()}, sample.metadata) if sample.caption else []
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor, in a worker in memory that the trainer's process can map."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -78,14 +78,20 @@ class ShardGallery:
     def name(self, index: int) -> str:
         """Key and first caption of the sample."""
         try:
-            parts = self.source.read(index).parts
+            parts = self._parts(index)
             return f"{self.keys[index]} {decode_captions(parts, decode_metadata(parts))[0]}"
         except (DataError, OSError):
             return self.keys[index]
 
     def open(self, index: int) -> EncodedImage:
         """See `Gallery.open`."""
-        return open_image(first_image(self.source.read(index).parts))
+        return open_image(first_image(self._parts(index)))
+
+    def _parts(self, index: int) -> dict[str, bytes]:
+        (sample,) = self.source.read(np.array([index]))
+        if isinstance(sample, DataError):
+            raise sample
+        return sample.parts
 
     def pixels(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3] of the samples with these keys. A key that names no sample, several samples, or one that
@@ -117,7 +123,7 @@ def open_gallery(where: str) -> Gallery:
     if path.is_dir() and len(images := FolderGallery(folder=path)):
         return images
     try:
-        shards = [str(shard) for shard in expand_shards(where)]
+        shards = expand_shards(where)
     except DataError as error:
         raise _nothing(f"no image and no shard at {where}") from error
     return ShardGallery(shards=shards)

@@ -11,30 +11,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_train.data.tables import TABLES, read_table
-from vlm_train.data.writer import DatasetWriter, Progress, Summary, to_json
+from vlm_train.data.decode import first_image
+from vlm_train.data.records import Errors, Record, read_record, records_of
+from vlm_train.data.writer import DatasetWriter, Progress, Summary
 from vlm_train.errors import DataError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Split in `dataset_coco.json` to split on disk: by convention one trains on `train` and `restval` together."""
-
-
-@dataclass(slots=True)
-class Record:
-    """One image to import: its path below the image folder, its captions, its split, more fields of KEY.json."""
-
-    file: str
-    captions: list[str]
-    split: str = "train"
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
-Errors = list[dict[str, str]]
 
 
 def import_folder(
@@ -62,12 +48,8 @@ def import_folder(
         DataError: no such folder, a table without the columns, two tables, or nothing that can be imported.
     """
     folder = _existing(Path(folder), "folder")
-    tables = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(tables) > 1:
-        names = [path.name for path in tables]
-        raise DataError(f"{folder} has several caption tables", got=names, allowed="one of them")
     errors: Errors = []
-    records = _from_table(tables[0], errors) if tables else _from_text_files(folder, errors)
+    records = records_of(folder, errors)
     parameters = {"dataset": "folder", "val_fraction": val_fraction}
     return _write(records, errors, folder, Path(out), parameters, max_samples, progress)
 
@@ -113,51 +95,10 @@ def import_coco(
     return _write(records, errors, images_dir, Path(out), {"dataset": "coco", "split": split}, max_samples, progress)
 
 
-def image_suffix(content: bytes) -> str | None:
-    """`jpg`, `png` or `webp` by the first bytes; None for anything else."""
-    if content.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
-
-
 def _existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise DataError(f"no such {what}", got=str(path), remedy="check the path")
     return path
-
-
-def _from_text_files(folder: Path, errors: Errors) -> list[Record]:
-    records = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS):
-        name = path.relative_to(folder).as_posix()
-        try:
-            lines = path.with_suffix(".txt").read_text("utf-8-sig").split("\n")
-        except FileNotFoundError:
-            errors.append({"file": name, "reason": "no_caption"})
-        except UnicodeDecodeError:
-            errors.append({"file": name, "reason": "caption_utf8"})
-        else:
-            records.append(Record(name, lines))
-    return records
-
-
-def _from_table(path: Path, errors: Errors) -> list[Record]:
-    records: dict[str, Record] = {}
-    for number, row in enumerate(read_table(path, columns=("image", "caption")), start=1):
-        file, caption, label = row["image"], row["caption"], row.get("label")
-        if not isinstance(file, str) or not isinstance(caption, str) or not file:
-            errors.append({"file": str(file), "reason": "bad_row", "detail": f"row {number} of {path.name}"})
-            continue
-        record = records.setdefault(file, Record(file, []))
-        record.captions.append(caption)
-        if label not in (None, ""):
-            try:
-                record.fields["label"] = int(label)
-            except (TypeError, ValueError):
-                errors.append({"file": file, "reason": "bad_label", "detail": f"row {number}: {label!r} is no integer"})
-    return list(records.values())
 
 
 def _from_coco(document: Mapping[str, Any], split: str, errors: Errors) -> list[Record]:
@@ -213,13 +154,13 @@ def _write(
             return writer.finished
         num_written = 0
         for number, record in enumerate(records):
-            content, reason = _read(record, folder)
-            if reason is None:
-                split = "val" if _held_out(content, parameters) else record.split
-                writer.add(split, f"{number:09d}", _parts(record, content))
-                num_written += 1
+            parts = read_record(record, folder)
+            if isinstance(parts, str):
+                errors.append({"file": record.file, "reason": parts})
             else:
-                errors.append({"file": record.file, "reason": reason})
+                split = "val" if _held_out(parts, parameters) else record.split
+                writer.add(split, f"{number:09d}", parts)
+                num_written += 1
             if progress is not None:
                 progress(number + 1, len(records))
         writer.add_file("import_errors.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in errors))
@@ -234,32 +175,9 @@ def _write(
     )
 
 
-def _read(record: Record, folder: Path) -> tuple[bytes, str | None]:
-    """The image's bytes, or why there are none to import."""
-    if not any(caption.strip() for caption in record.captions):
-        return b"", "no_caption"
-    if any("\ud800" <= character <= "\udfff" for caption in record.captions for character in caption):
-        return b"", "caption_utf8"  # JSON can spell half a surrogate pair
-    if Path(record.file).is_absolute() or ".." in Path(record.file).parts:
-        return b"", "outside_folder"
-    try:
-        content = (folder / record.file).read_bytes()
-    except FileNotFoundError:
-        return b"", "no_image"
-    except OSError as error:
-        return b"", f"unreadable_{type(error).__name__}"
-    return content, None if image_suffix(content) else "image_unknown"
-
-
-def _parts(record: Record, content: bytes) -> dict[str, bytes]:
-    captions = [caption.strip() for caption in record.captions if caption.strip()]
-    metadata = {"captions": captions, **record.fields, "file": record.file}
-    return {str(image_suffix(content)): content, "txt": captions[0].encode(), "json": to_json(metadata)}
-
-
-def _held_out(content: bytes, parameters: Mapping[str, Any]) -> bool:
+def _held_out(parts: Mapping[str, bytes], parameters: Mapping[str, Any]) -> bool:
     fraction = parameters.get("val_fraction", 0.0)
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(first_image(parts)).digest()[:8], "big") < fraction * 2**64
 
 
 def _fingerprint(records: Iterable[Record], errors: Errors, folder: Path) -> str:

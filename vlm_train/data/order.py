@@ -13,6 +13,8 @@ All arithmetic is on uint64 and the mixer is written out here, because library g
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -20,11 +22,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data.selection import Selection
 from vlm_train.errors import DataError
 
 EpochEnd = Literal["drop", "wrap", "pad_zero_weight"]
 
 _NUM_ROUNDS = 8
+_PIECE = 4096  # rows looked at together in search of a replacement
 _MIN_BITS = 6  # narrower halves mix badly: with 3 bits and 8 rounds places are visibly uneven
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -40,6 +44,14 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def derive(key: int, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """One independent 64-bit key for each word, from a parent key."""
     return mix(mix(np.full(1, key & _MASK, np.uint64)) + (words + np.uint64(1)) * np.uint64(_GOLDEN))
+
+
+def source_seed(seed: int, name: str) -> int:
+    """The seed of a source in a run of `seed`: of its name, so that no other source can change its order.
+
+    A source without a name (the only one of its run) has the seed of the run.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") if name else seed
 
 
 def permute(values: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -71,19 +83,21 @@ def _encrypt(values: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArra
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """One epoch: `shards` in stream order, the position where each starts, the position where each window starts."""
+    """One epoch, the shards in stream order: the first slot of each, the position where it starts, the position where
+    each window starts. Slots are numbered in file order."""
 
-    shards: NDArray[np.int64]
+    slot_starts: NDArray[np.int64]
     shard_starts: NDArray[np.int64]
     window_starts: NDArray[np.int64]
     window_keys: NDArray[np.uint64]
 
 
 class WindowedOrder:
-    """Position within an epoch -> index among the kept samples, in file order.
+    """Position within an epoch -> manifest row.
 
     Args:
-        counts: [num_shards] kept samples of each shard.
+        selection: which rows count, and how often.
+        shard_starts: [num_shards + 1] first row of each shard, and the end.
         seed: what makes this order differ from another.
         shuffle_window: shards that are mixed together; 0 keeps the file order.
 
@@ -91,18 +105,24 @@ class WindowedOrder:
         DataError: no sample is kept.
     """
 
-    def __init__(self, *, counts: NDArray[np.int64], seed: int, shuffle_window: int) -> None:
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    def __init__(
+        self, *, selection: Selection, shard_starts: NDArray[np.int64], seed: int, shuffle_window: int
+    ) -> None:
+        self.selection, self.shard_starts = selection, shard_starts
         self.seed, self.shuffle_window = seed, shuffle_window
         self._layouts: dict[int, _Layout] = {}
         if not len(self):
             raise DataError("no sample is left to train on", got="0 kept samples", remedy="loosen `data.selection`")
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.selection)
 
-    def index(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Kept index [n] at each of `positions` [n], all within [0, len(self)) of one epoch."""
+    def rows(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Manifest row [n] at each of `positions` [n], all within [0, len(self)) of one epoch."""
+        return self.selection.select(self.slots(epoch, positions), self.seed, epoch)
+
+    def slots(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slot [n] at each of `positions` [n]: a permutation of [0, len(self))."""
         if not self.shuffle_window:
             return positions.copy()
         layout = self._layout(epoch)
@@ -111,44 +131,65 @@ class WindowedOrder:
         sizes = (layout.window_starts[window + 1] - start).astype(np.uint64)
         inside = permute((positions - start).astype(np.uint64), sizes, layout.window_keys[window])
         moved = start + inside.astype(np.int64)
-        slot = np.searchsorted(layout.shard_starts, moved, side="right") - 1  # the last of equals: never an empty shard
-        return self.starts[layout.shards[slot]] + moved - layout.shard_starts[slot]
+        place = np.searchsorted(layout.shard_starts, moved, side="right") - 1  # the last of equals: no empty shard
+        return layout.slot_starts[place] + moved - layout.shard_starts[place]
 
     def _layout(self, epoch: int) -> _Layout:
         if epoch not in self._layouts:
             key = int(derive(self.seed, np.array([epoch], np.uint64))[0])
-            num_shards = len(self.starts) - 1
-            shards = np.argsort(derive(key, np.arange(num_shards, dtype=np.uint64)), kind="stable")
-            shard_starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[shards])])
-            edges = np.append(np.arange(0, num_shards, self.shuffle_window), num_shards)
+            counts = self.selection.counts(self.shard_starts, self.seed, epoch)
+            shards = np.argsort(derive(key, np.arange(len(counts), dtype=np.uint64)), kind="stable")
+            shard_starts = np.concatenate([[0], np.cumsum(counts[shards])])
+            edges = np.append(np.arange(0, len(counts), self.shuffle_window), len(counts))
             window_keys = derive(key ^ _GOLDEN, np.arange(len(edges), dtype=np.uint64))
-            if len(self._layouts) > 1:  # a batch spans two epochs at most
+            slot_starts = (np.cumsum(counts) - counts)[shards]
+            if len(self._layouts) > 1:  # a batch spans two epochs, but for data smaller than it
                 self._layouts.pop(min(self._layouts))
-            self._layouts[epoch] = _Layout(shards, shard_starts[:-1], shard_starts[edges], window_keys)
+            self._layouts[epoch] = _Layout(slot_starts, shard_starts[:-1], shard_starts[edges], window_keys)
         return self._layouts[epoch]
 
-    def replacements(self, index: int) -> Iterator[int]:
-        """Kept indices to try, in order, when the sample at `index` is bad: round its shard, then the shards after it.
+    def replacements(self, row: int) -> Replacements:
+        """The rows to try, in order, when the sample at `row` is bad."""
+        return Replacements(self.selection, self.shard_starts, row)
 
-        Depends on `index` alone, so every topology replaces a bad sample by the same good one.
-        """
-        num_shards = len(self.starts) - 1
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        start, stop = int(self.starts[shard]), int(self.starts[shard + 1])
-        yield from range(index + 1, stop)
-        yield from range(start, index)
-        for step in range(1, num_shards):
-            other = (shard + step) % num_shards
-            yield from range(int(self.starts[other]), int(self.starts[other + 1]))
+
+class Replacements(Iterator[int]):
+    """Kept rows to try in place of a bad one: round its shard from there on, then the shards after it, each row once.
+
+    Depends on the row alone, so every topology replaces a bad sample by the same good one. A row is kept when its
+    weight is not 0. `skip_shard` passes over the rest of the shard that the last row came from (at first, the shard of
+    the bad row): for one that cannot be opened at all.
+    """
+
+    def __init__(self, selection: Selection, shard_starts: NDArray[np.int64], row: int) -> None:
+        self._selection, self._starts = selection, shard_starts
+        shard = int(np.searchsorted(shard_starts, row, side="right")) - 1
+        self._shards = itertools.chain(range(shard + 1, len(shard_starts) - 1), range(shard))
+        self._rows = self._kept([(row + 1, int(shard_starts[shard + 1])), (int(shard_starts[shard]), row)])
+
+    def __next__(self) -> int:
+        while (row := next(self._rows, None)) is None:
+            shard = next(self._shards)
+            self._rows = self._kept([(int(self._starts[shard]), int(self._starts[shard + 1]))])
+        return row
+
+    def skip_shard(self) -> None:
+        """The next row will be of another shard."""
+        self._rows = self._kept([])
+
+    def _kept(self, ranges: list[tuple[int, int]]) -> Iterator[int]:
+        for start, stop in ranges:
+            for first in range(start, stop, _PIECE):
+                yield from self._selection.kept(first, min(first + _PIECE, stop)).tolist()
 
 
 class Stream:
-    """The endless stream: global position -> (epoch, kept index, weight).
+    """The endless stream of one source: position -> (epoch, manifest row, weight).
 
     Args:
         order: the order inside an epoch.
         global_batch: G, samples of one step over all ranks.
-        epoch_end: what happens where G does not divide the N kept samples. `drop`: an epoch is floor(N / G) * G
+        epoch_end: what happens where G does not divide the N samples of an epoch. `drop`: an epoch is floor(N / G) * G
             positions (other samples are left out each epoch); `wrap`: epochs follow each other without a seam;
             `pad_zero_weight`: an epoch is ceil(N / G) * G positions, those past N have weight 0.
 
@@ -160,7 +201,7 @@ class Stream:
         num_kept = len(order)
         whole = num_kept // global_batch * global_batch
         padded = -(-num_kept // global_batch) * global_batch
-        self.order = order
+        self.order, self.epoch_end = order, epoch_end
         self.epoch_length = {"drop": whole, "wrap": num_kept, "pad_zero_weight": padded}[epoch_end]
         if not self.epoch_length:
             raise DataError(
@@ -171,11 +212,11 @@ class Stream:
             )
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """(epoch [n], kept index [n], weight [n]) of global positions [n]; a padding row has weight 0, index 0."""
+        """(epoch [n], row [n], weight [n]) of positions [n]; a padding place has weight 0, row 0."""
         epochs, inside = np.divmod(positions, self.epoch_length)
         weights = (inside < len(self.order)).astype(np.float32)
-        indices = np.zeros_like(positions)
+        rows = np.zeros_like(positions)
         for epoch in np.unique(epochs):
             mine = (epochs == epoch) & (weights > 0)
-            indices[mine] = self.order.index(int(epoch), inside[mine])
-        return epochs, indices, weights
+            rows[mine] = self.order.rows(int(epoch), inside[mine])
+        return epochs, rows, weights

@@ -20,12 +20,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlm_train.data.collate import SampleEncoder
-from vlm_train.data.selection import Selection
-from vlm_train.data.steps import EvalSteps, ShardedSource, Steps, StreamSpec, TrainSteps
-from vlm_train.errors import CheckpointError, ConfigError, DataError, VlmError
-from vlm_train.types import Batch
+from vlm_train.data.steps import EvalSteps, Steps, StreamSteps
+from vlm_train.errors import CheckpointError, VlmError
+from vlm_train.types import Batch, Source
 
-_STATE_VERSION = 1
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,42 +31,15 @@ class TrainLoader:
     """The batches of one rank, one a step; resumes anywhere, on any number of ranks and workers.
 
     Args:
-        source: the samples.
-        selection: which of them count.
-        stream: order, global batch and length of the run.
-        encoder: how records become batches.
-        rank: this process.
-        world_size: number of processes; any, also one that does not divide the global batch.
+        steps: what a step holds (`steps.TrainSteps`, or `streaming.TapeSteps`).
         num_workers: worker processes of this rank; 0 loads in the trainer's process.
-
-    Raises:
-        ConfigError: more ranks than samples in a global batch.
-        DataError: the selection is not of this source, keeps nothing, or less than `epoch_end: drop` needs.
     """
 
-    def __init__(
-        self,
-        *,
-        source: ShardedSource,
-        selection: Selection,
-        stream: StreamSpec,
-        encoder: SampleEncoder,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-    ) -> None:
-        _check_fit(source, selection, stream, world_size)
-        self._steps = TrainSteps(source, selection, stream, encoder, rank, world_size)
-        self._spec, self._num_workers = stream, num_workers
+    def __init__(self, *, steps: StreamSteps, num_workers: int) -> None:
+        self._steps, self._num_workers = steps, num_workers
+        self._spec, self._definition = steps.spec, steps.definition()
         self._consumed = 0
-        self._definition = {
-            "version": _STATE_VERSION,
-            "seed": stream.seed,
-            "global_batch": stream.global_batch,
-            "manifest": source.fingerprint,
-            "selection": selection.fingerprint,
-            "order": {"window": stream.shuffle_window, "epoch_end": stream.epoch_end},
-        }
+        self._place = steps.place(0, None)
 
     def __len__(self) -> int:
         """Steps of the whole run, those already done included."""
@@ -81,19 +52,19 @@ class TrainLoader:
         try:
             for batch in _run(loader):
                 self._consumed = (batch["step"] + 1) * self._spec.global_batch
+                self._place = self._steps.place(self._consumed, batch)
                 yield batch
         finally:
             _stop(loader)
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Positions of one epoch."""
-        return self._steps.stream.epoch_length
+    def samples_per_epoch(self) -> int | None:
+        """Positions of one epoch; None where nobody knows before it is over."""
+        return self._steps.samples_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: JSON, under 1 kB, the same on every rank."""
-        epoch = self._consumed // self._steps.stream.epoch_length
-        return {**self._definition, "epoch": epoch, "consumed": self._consumed}
+        return {**self._definition, **self._place, "consumed": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` stands; the next iteration starts there.
@@ -110,13 +81,15 @@ class TrainLoader:
                     remedy=f"restore `{name}`, or start a new run: run.resume=never",
                 )
         consumed = state.get("consumed")
-        if not isinstance(consumed, int) or consumed < 0 or consumed % self._spec.global_batch:
+        if type(consumed) is not int or consumed < 0 or consumed % self._spec.global_batch:
             raise CheckpointError(
                 "the loader state is damaged: `consumed` is not a whole number of steps",
                 got=consumed,
                 allowed=f"a multiple of the global batch, {self._spec.global_batch}",
             )
         self._consumed = consumed
+        self._place = {name: state.get(name) for name in self._place}
+        self._steps.seek(self._place)
 
 
 class EvalLoader:
@@ -137,7 +110,7 @@ class EvalLoader:
     def __init__(
         self,
         *,
-        source: ShardedSource,
+        source: Source,
         encoder: SampleEncoder,
         batch_size: int,
         rank: int,
@@ -152,23 +125,6 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return _run(self._loader)
-
-
-def _check_fit(source: ShardedSource, selection: Selection, stream: StreamSpec, world_size: int) -> None:
-    if selection.num_rows != len(source) or selection.manifest not in (None, source.fingerprint):
-        raise DataError(
-            "the selection was made for other data",
-            got=f"{selection.num_rows} rows of manifest {selection.manifest}",
-            allowed=f"{len(source)} rows of manifest {source.fingerprint}",
-            remedy="make the selection again on these shards",
-        )
-    if stream.global_batch < world_size:
-        raise ConfigError(
-            "the global batch is smaller than the number of ranks",
-            got=f"global batch {stream.global_batch}, {world_size} ranks",
-            allowed=f"a global batch of at least {world_size}",
-            remedy="raise `trainer.global_batch` or use fewer devices",
-        )
 
 
 def _loader(steps: Steps, order: Iterable[int], num_workers: int) -> DataLoader:

@@ -1,11 +1,22 @@
-"""Which rows of a manifest count: one bit a row, and a note of why.
+"""Which rows of a manifest count, and how often: one bit or one weight a row, and a note of why.
 
-A recipe never rewrites data; it names a selection. Training asks "which row is the k-th that is kept?" (select), so the
-bits carry a count every 1,024 of them: 6.25 % more memory, and the answer is one binary search plus 16 words
-(Jacobson, "Space-efficient static trees and graphs", FOCS 1989). One billion rows take 133 MB.
+A recipe never rewrites data; it names a selection. Training asks "which row stands in slot k of epoch e?", and both
+kinds answer without a pass over the data, by one binary search and a look at one block of rows.
 
-On disk: a directory with `selection.npy` (uint64 words, little endian) and `provenance.json` (which manifest, how many
-rows, sha256 of the bits, and whatever the author of the selection wrote about rules, thresholds and models).
+*Bits*: a row is kept or not, and the slots are the kept rows. The bits carry a count every 1,024 of them: 6.25 % more
+memory (Jacobson, "Space-efficient static trees and graphs", FOCS 1989). One billion rows take 133 MB.
+
+*Weights*: a row comes w times in an epoch, w being a multiple of 1/256. This is systematic sampling on integers (Madow
+and Madow, "On the theory of systematic sampling", 1944): the weights of all rows lie end to end, in units of 1/256, and
+slot k is the row that holds unit 256 k + u, with an offset u that the epoch decides. So a row comes floor(w) or ceil(w)
+times in every epoch, and an epoch is always floor(sum of w) slots long. In any 256 epochs in a row u takes every value
+once, so a row comes exactly 256 w times. The remainder at the end of the file, less than one sample's weight in an
+epoch, is not drawn. Bits are the case of weights 0 and 1, in which u changes nothing. Weights are memory-mapped, two
+bytes a row, shared by the ranks and workers of a node; the sums of 128 rows each add 3 % in every rank.
+
+On disk: a directory with `provenance.json` (which manifest, how many rows, hashes of the content, and whatever the
+author of the selection wrote about rules, thresholds and models) and either `selection.npy` (uint64 words, little
+endian) or `weights.npy` (uint16 in units of 1/256, filled up with zeros to a multiple of 128).
 """
 
 from __future__ import annotations
@@ -20,39 +31,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data.cumulative import UNIT, Bits, Cumulative, Weights
 from vlm_train.errors import DataError
 
-_WORD = 64
-_BLOCK_WORDS = 16
-_BLOCK = _WORD * _BLOCK_WORDS
-_VERSION = 1
+_VERSION = 2
+_CHUNK = 1 << 17
+_EPOCH_STEP = 159  # odd: 256 epochs meet all 256 offsets; next to 256 / golden ratio: a few epochs spread well too
+_OWN_FACTS = {"version", "content", "manifest", "num_rows", "num_kept", "num_slots", "fingerprint", "checksum"}
 
 
 class Selection:
-    """A set of manifest rows with rank and select.
+    """How often each row of a manifest comes, and which row stands in which slot of an epoch.
 
     Args:
-        words: uint64 [ceil(num_rows / 64)], bit i of word w is row 64 w + i.
-        num_rows: rows of the manifest.
+        content: the weights of the rows.
         manifest: fingerprint of the manifest that the rows belong to; None fits any of that length.
         provenance: how it came about, plain JSON.
     """
 
     def __init__(
-        self,
-        *,
-        words: NDArray[np.uint64],
-        num_rows: int,
-        manifest: str | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        self, content: Cumulative, *, manifest: str | None = None, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        num_words = -(-num_rows // _BLOCK) * _BLOCK_WORDS  # whole blocks, so that `select` needs no special end
-        self._words = np.zeros(num_words, np.uint64)
-        self._words[: len(words)] = words
-        per_block = np.bitwise_count(self._words.reshape(-1, _BLOCK_WORDS)).sum(axis=1, dtype=np.int64)
-        self._before = np.concatenate([[0], np.cumsum(per_block)])
-        self.num_rows, self.manifest, self.provenance = num_rows, manifest, dict(provenance or {})
-        self.fingerprint = hashlib.sha256(num_rows.to_bytes(8, "little") + self._words.tobytes()).hexdigest()
+        self.content = content
+        self.num_rows, self.fingerprint = content.num_rows, content.fingerprint
+        self.manifest, self.provenance = manifest, dict(provenance or {})
 
     @classmethod
     def all(cls, num_rows: int) -> Selection:
@@ -64,66 +66,76 @@ class Selection:
         cls, mask: NDArray[np.bool_], *, manifest: str | None = None, provenance: Mapping[str, Any] | None = None
     ) -> Selection:
         """The rows where `mask` [num_rows] is True."""
-        padded = np.zeros(-(-len(mask) // _WORD) * _WORD, bool)
-        padded[: len(mask)] = mask
-        words = np.packbits(padded, bitorder="little").view("<u8").astype(np.uint64)
-        return cls(words=words, num_rows=len(mask), manifest=manifest, provenance=provenance)
+        return cls(Bits.pack([mask], len(mask)), manifest=manifest, provenance=provenance)
+
+    @classmethod
+    def from_weights(
+        cls, weights: NDArray[Any], *, manifest: str | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> Selection:
+        """Row i comes `weights[i]` times in an epoch; [num_rows], rounded to the nearest 1/256.
+
+        Raises:
+            DataError: a weight is negative, above 255.996 or not a number.
+        """
+        chunks = (weights[row : row + _CHUNK] for row in range(0, len(weights), _CHUNK))
+        return cls(Weights.pack(chunks, len(weights)), manifest=manifest, provenance=provenance)
 
     def __len__(self) -> int:
-        return int(self._before[-1])
+        """Slots of an epoch."""
+        return self.content.total // UNIT
 
     def mask(self) -> NDArray[np.bool_]:
-        """bool [num_rows]."""
-        bits = np.unpackbits(self._words.astype("<u8").view(np.uint8), bitorder="little")
-        return bits[: self.num_rows].astype(bool)
+        """bool [num_rows]: the rows whose weight is not 0."""
+        mask = np.zeros(self.num_rows, bool)
+        mask[self.kept(0, self.num_rows)] = True
+        return mask
 
-    def rank(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many kept rows come before each of `rows` [n], each in [0, num_rows]."""
-        rows = np.asarray(rows, np.int64)
-        block = np.minimum(rows // _BLOCK, len(self._before) - 2) if len(self._words) else rows * 0
-        if not len(self._words):
-            return block
-        words = self._words.reshape(-1, _BLOCK_WORDS)[block]
-        bits = np.clip((rows - block * _BLOCK)[:, None] - np.arange(0, _BLOCK, _WORD), 0, _WORD)
-        whole = bits == _WORD
-        below = np.where(whole, 0, (np.uint64(1) << np.where(whole, 0, bits).astype(np.uint64)) - np.uint64(1))
-        masks = np.where(whole, np.uint64(0xFFFFFFFFFFFFFFFF), below.astype(np.uint64))
-        return self._before[block] + np.bitwise_count(words & masks).sum(axis=1, dtype=np.int64)
+    def kept(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The rows of [start, stop) whose weight is not 0, in order."""
+        return self.content.kept(start, stop)
 
-    def select(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row of the k-th kept sample for each k of `ranks` [n], each in [0, len(self))."""
-        ranks = np.asarray(ranks, np.int64)
-        block = np.searchsorted(self._before, ranks, side="right") - 1
-        words = self._words.reshape(-1, _BLOCK_WORDS)[block]
-        left = ranks - self._before[block]
-        word, left = _first_above(np.bitwise_count(words), left)
-        chosen = words[np.arange(len(ranks)), word]
-        bits = (chosen[:, None] >> np.arange(_WORD, dtype=np.uint64)) & np.uint64(1)
-        bit, _ = _first_above(bits, left)
-        return block * _BLOCK + word * _WORD + bit
+    def counts(self, starts: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+        """Slots [len(starts) - 1] of each shard, `starts` being the first row of every shard and the end."""
+        units = self.content.before(np.asarray(starts, np.int64))
+        slots = (units - _offset(seed, epoch) + UNIT - 1) // UNIT  # how many k have 256 k + u below `units`
+        return np.diff(np.minimum(slots, len(self)))
 
-    def counts(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Kept rows [len(starts) - 1] of each shard, `starts` being the first row of every shard and the end."""
-        return np.diff(self.rank(starts))
+    def select(self, slots: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+        """The row in each of `slots` [n], each in [0, len(self)), of one epoch. Rows ascend with slots."""
+        return self.content.find(np.asarray(slots, np.int64) * UNIT + _offset(seed, epoch))
+
+    def verify(self) -> None:
+        """Reads all of the content and compares it with the fingerprint; a load checks weights by their sums alone.
+
+        Raises:
+            DataError: it is not what the fingerprint was made of.
+        """
+        if self.content.content_hash() != self.fingerprint:
+            raise DataError("the selection is damaged", got="content that does not match its fingerprint")
 
     def save(self, directory: Path | str) -> None:
         """Writes the selection into a new or existing directory; the old one stays whole until the end."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        bits = self._words[: -(-self.num_rows // _WORD)].astype("<u8")
         facts = {
             **self.provenance,
             "version": _VERSION,
+            "content": self.content.file_name,
             "manifest": self.manifest,
             "num_rows": self.num_rows,
-            "num_kept": len(self),
+            "num_kept": self.content.num_kept(),
+            "num_slots": len(self),
             "fingerprint": self.fingerprint,
+            "checksum": self.content.checksum(),
         }
-        with open(target / "selection.npy.tmp", "wb") as file:
-            np.save(file, bits, allow_pickle=False)
+        with open(target / f"{self.content.file_name}.tmp", "wb") as file:
+            np.save(file, self.content.array, allow_pickle=False)
         (target / "provenance.json.tmp").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-        for name in ("selection.npy", "provenance.json"):
+        for name in (self.content.file_name, "provenance.json"):
             os.replace(target / f"{name}.tmp", target / name)
+        for kind in (Bits, Weights):
+            if kind.file_name != self.content.file_name:
+                (target / kind.file_name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: Path | str, manifest: str) -> Selection:
@@ -135,23 +147,18 @@ class Selection:
         source = Path(directory)
         try:
             facts = json.loads((source / "provenance.json").read_text())
-            words = np.load(source / "selection.npy", allow_pickle=False)
-            own = {"version", "manifest", "num_rows", "num_kept", "fingerprint"}
-            found = cls(
-                words=words.astype(np.uint64),
-                num_rows=int(facts["num_rows"]),
-                manifest=facts["manifest"],
-                provenance={name: value for name, value in facts.items() if name not in own},
-            )
+            content = _read(source, facts)
+            own = {name: value for name, value in facts.items() if name not in _OWN_FACTS}
+            found = cls(content, manifest=facts["manifest"], provenance=own)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"selection `{source}` cannot be read",
                 got=f"{type(error).__name__}: {error}",
-                allowed="a directory with selection.npy and provenance.json",
+                allowed="a directory with provenance.json and the selection.npy or weights.npy that it names",
                 remedy="make the selection again",
             ) from None
-        if found.fingerprint != facts["fingerprint"]:
-            raise DataError(f"selection `{source}` is damaged", got="bits that do not match provenance.json")
+        if content.checksum() != facts.get("checksum", facts["fingerprint"]):  # version 1 had no checksum
+            raise DataError(f"selection `{source}` is damaged", got="content that does not match provenance.json")
         if found.manifest not in (None, manifest):
             raise DataError(
                 f"selection `{source}` was made for other data",
@@ -162,9 +169,17 @@ class Selection:
         return found
 
 
-def _first_above(counts: NDArray[Any], left: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Per row: the first column whose running total exceeds `left`, and what of `left` remains before it."""
-    totals = np.cumsum(counts, axis=1, dtype=np.int64)
-    column = (totals > left[:, None]).argmax(axis=1)
-    rows = np.arange(len(left))
-    return column, left - (totals[rows, column] - counts[rows, column].astype(np.int64))
+def _read(source: Path, facts: Mapping[str, Any]) -> Cumulative:
+    """The content that provenance.json names; version 1 knew bits alone."""
+    name, num_rows = facts.get("content", Bits.file_name), int(facts["num_rows"])
+    if facts["version"] > _VERSION:
+        raise ValueError(f"version {facts['version']} of the format, this release knows {_VERSION}")
+    if name == Weights.file_name:
+        units = np.load(source / name, mmap_mode="r", allow_pickle=False)
+        return Weights(units, num_rows, str(facts["fingerprint"]))
+    return Bits(np.load(source / Bits.file_name, allow_pickle=False).astype(np.uint64), num_rows)
+
+
+def _offset(seed: int, epoch: int) -> int:
+    """u of an epoch, in [0, 256)."""
+    return (hashlib.sha256(f"repeat {seed}".encode()).digest()[0] + _EPOCH_STEP * epoch) % UNIT

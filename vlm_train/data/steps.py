@@ -1,6 +1,6 @@
 """The batch of one rank for one step: a pure function of the step, whatever machine or worker makes it.
 
-Which samples a step has comes from `order.Stream`; a rank takes its share of those positions (`types.rank_share`). A
+Which samples a step has comes from `mixture.Mixture`; a rank takes its share of those positions (`types.rank_share`). A
 sample that cannot be used is replaced by a function of its row alone (the next kept rows of its shard, cyclically, then
 the shards after it), so all topologies replace it alike, and the report of it travels in the batch.
 """
@@ -8,32 +8,26 @@ the shards after it), so all topologies replace it alike, and the report of it t
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.collate import Draft, SampleEncoder
 from vlm_train.data.decode import SampleError
-from vlm_train.data.order import EpochEnd, Stream, WindowedOrder
+from vlm_train.data.mixture import Member, Mixture
+from vlm_train.data.order import EpochEnd, Stream, WindowedOrder, source_seed
 from vlm_train.data.selection import Selection
-from vlm_train.errors import DataError, VlmError
-from vlm_train.types import Batch, Sample, Source, rank_share
+from vlm_train.errors import ConfigError, DataError, VlmError
+from vlm_train.types import Batch, RawSample, Source, rank_share
 
+_STATE_VERSION = 2
 _MAX_REPLACEMENTS = 10_000
-
-
-class ShardedSource(Source, Protocol):
-    """What the loaders need of a source: reading, and how its rows lie in shards."""
-
-    @property
-    def shard_starts(self) -> NDArray[np.int64]:
-        """First row of each shard and the end, [num_shards + 1]."""
-
-    def locate(self, row: int) -> tuple[str, str]:
-        """(shard name, key) of a row; the key may be empty where the row cannot be read."""
+_CHUNK = 512  # samples whose bytes are held at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +45,18 @@ class StreamSpec:
     epoch_end: EpochEnd = "drop"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingredient:
+    """One source of a run: its samples, which of them count, and its part of the stream relative to the others."""
+
+    source: Source
+    selection: Selection
+    name: str = ""
+    weight: float = 1.0
+
+
 class Steps(Dataset):
     """Makes the batch of a step. An expected error is returned, not raised: so it keeps its parts across processes."""
-
-    def __init__(self, source: ShardedSource, encoder: SampleEncoder) -> None:
-        self.source, self.encoder = source, encoder
 
     def __getitem__(self, step: int) -> Batch | VlmError:
         try:
@@ -67,63 +68,136 @@ class Steps(Dataset):
         """Makes the batch; the subclasses say of what."""
         raise NotImplementedError
 
-    def read(self, row: int, *, seed: int, epoch: int | None) -> tuple[Sample | None, dict[str, Any] | None]:
-        """(sample, None), or (None, the report of why it cannot be used)."""
-        try:
-            return self.encoder.encode(self.source.read(row), seed=seed, epoch=epoch), None
-        except (DataError, OSError) as error:
-            shard, key = self.source.locate(row)
-            reason, detail = "unreadable", str(error)
-            if isinstance(error, SampleError):
-                reason, detail = error.reason, error.detail
-            report = {"shard": shard, "key": key, "row": row, "reason": reason, "detail": detail[:200]}
-            return None, {**report, "replaced_by": None}
+
+class StreamSteps(Steps):
+    """The steps of a training stream, and where in it they stand.
+
+    Args:
+        spec: what the stream is.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ConfigError: more ranks than samples in a global batch.
+    """
+
+    samples_per_epoch: int | None = None  # None where nobody knows before it is over
+
+    def __init__(self, spec: StreamSpec, rank: int, world_size: int) -> None:
+        if spec.global_batch < world_size:
+            raise ConfigError(
+                "the global batch is smaller than the number of ranks",
+                got=f"global batch {spec.global_batch}, {world_size} ranks",
+                allowed=f"a global batch of at least {world_size}",
+                remedy="raise `trainer.global_batch` or use fewer devices",
+            )
+        self.spec = spec
+        self.share = rank_share(spec.global_batch, rank, world_size)
+
+    def definition(self) -> dict[str, Any]:
+        """What makes two streams the same; plain JSON, small, without a rank in it."""
+        spec = self.spec
+        order = {"window": spec.shuffle_window, "epoch_end": spec.epoch_end}
+        return {"version": _STATE_VERSION, "seed": spec.seed, "global_batch": spec.global_batch, "order": order}
+
+    def place(self, consumed: int, batch: Batch | None) -> dict[str, Any]:
+        """Where the stream stands after `consumed` samples, `batch` being the last; plain JSON, equal on all ranks."""
+        raise NotImplementedError
+
+    def seek(self, place: dict[str, Any]) -> None:
+        """Told the `place` of a state before it goes on from there."""
 
 
-class TrainSteps(Steps):
-    """A rank's share of each global batch of the stream."""
+class TrainSteps(StreamSteps):
+    """A rank's share of each global batch of a mixture; a single source is a mixture of one.
+
+    Args:
+        ingredients: the sources.
+        spec: what the stream is.
+        encoder: how records become batches.
+        rank: this process.
+        world_size: number of processes; any, also one that does not divide the global batch.
+
+    Raises:
+        ConfigError: more ranks than samples in a global batch, or weights and names that make no mixture.
+        DataError: a selection is not of its source, keeps nothing, or less than `epoch_end: drop` needs.
+    """
 
     def __init__(
-        self,
-        source: ShardedSource,
-        selection: Selection,
-        spec: StreamSpec,
-        encoder: SampleEncoder,
-        rank: int,
-        world_size: int,
+        self, ingredients: Sequence[Ingredient], spec: StreamSpec, encoder: SampleEncoder, rank: int, world_size: int
     ) -> None:
-        super().__init__(source, encoder)
-        counts = selection.counts(source.shard_starts)
-        self.order = WindowedOrder(counts=counts, seed=spec.seed, shuffle_window=spec.shuffle_window)
-        self.stream = Stream(order=self.order, global_batch=spec.global_batch, epoch_end=spec.epoch_end)
-        self.selection, self.spec = selection, spec
-        self.share = rank_share(spec.global_batch, rank, world_size)
+        super().__init__(spec, rank, world_size)
+        self.encoder = encoder
+        self.sources = [ingredient.source for ingredient in ingredients]
+        self.mixture = Mixture([_member(ingredient, spec) for ingredient in ingredients])
+        self.samples_per_epoch = self.mixture.epoch_length
+
+    def definition(self) -> dict[str, Any]:
+        """See `StreamSteps.definition`. Of several sources the hashes are hashed, so that the state stays small."""
+        members = self.mixture.members
+        selections = [member.stream.order.selection.fingerprint for member in members]
+        return {
+            **super().definition(),
+            "manifest": _joined([member.manifest for member in members]),
+            "selection": _joined(selections),
+            "mixture": self.mixture.fingerprint,
+        }
+
+    def place(self, consumed: int, batch: Batch | None) -> dict[str, Any]:
+        """The epoch of each source."""
+        return {"epoch": self.mixture.epochs(consumed)}
 
     def batch(self, step: int) -> Batch:
         """Samples of positions [s G + start, s G + stop)."""
         positions = step * self.spec.global_batch + np.arange(*self.share, dtype=np.int64)
-        epochs, indices, weights = self.stream.locate(positions)
-        samples, errors = [], []
-        for epoch, index, weight in zip(epochs.tolist(), indices.tolist(), weights.tolist(), strict=True):
-            sample, error = self._sample(index, epoch) if weight else (self.encoder.blank(), None)
-            samples.append(sample)
-            errors += [error] if error else []
-        batch = self.encoder.collate(samples, weights=weights.tolist())
+        places = self.mixture.locate(positions)
+        draft, errors = self.encoder.draft(len(positions)), []
+        for start in range(0, len(positions), _CHUNK):
+            chosen = np.arange(start, min(start + _CHUNK, len(positions)))
+            chosen = chosen[places.weights[chosen] > 0]
+            for place, sample in zip(chosen.tolist(), self._read(places.sources, places.rows, chosen), strict=True):
+                source, row = int(places.sources[place]), int(places.rows[place])
+                error = self._put(draft, place, sample, int(positions[place]))
+                if error is not None:
+                    errors.append(self._replace(draft, place, int(positions[place]), source, row, error))
+        batch = draft.batch(weights=places.weights.tolist())
         batch["step"], batch["errors"] = step, errors
         return batch
 
-    def _sample(self, index: int, epoch: int) -> tuple[Sample, dict[str, Any] | None]:
-        """The sample at a kept index, or the first usable one of its replacements and the report of the bad one."""
-        first = None
-        for candidate in itertools.islice(itertools.chain([index], self.order.replacements(index)), _MAX_REPLACEMENTS):
-            row = int(self.selection.select(np.array([candidate]))[0])
-            sample, error = self.read(row, seed=self.spec.seed, epoch=epoch)
-            if sample is not None:
-                return sample, {**first, "replaced_by": row} if first else None
-            first = first or error
+    def _read(
+        self, sources: NDArray[np.int64], rows: NDArray[np.int64], chosen: NDArray[np.int64]
+    ) -> list[RawSample | DataError]:
+        """The samples at places `chosen`, one call a source."""
+        found: dict[int, RawSample | DataError] = {}
+        for source in np.unique(sources[chosen]).tolist():
+            mine = chosen[sources[chosen] == source]
+            found |= zip(mine.tolist(), self.sources[source].read(rows[mine]), strict=True)
+        return [found[place] for place in chosen.tolist()]
+
+    def _put(self, draft: Draft, place: int, sample: RawSample | DataError, visit: int) -> DataError | None:
+        """Fills a place of the batch; returns why it cannot be."""
+        if isinstance(sample, DataError):
+            return sample
+        try:
+            draft.put(place, sample, seed=self.spec.seed, visit=visit)
+        except SampleError as error:
+            return error
+        return None
+
+    def _replace(self, draft: Draft, place: int, visit: int, source: int, row: int, error: DataError) -> dict[str, Any]:
+        """Fills a place with the first usable replacement of `row`; returns the report of the bad sample."""
+        report = report_of(self.sources[source], row, error)
+        candidates = self.mixture.replacements(source, row)
+        for candidate in itertools.islice(candidates, _MAX_REPLACEMENTS):
+            (sample,) = self.sources[source].read(np.array([candidate]))
+            problem = self._put(draft, place, sample, visit)
+            if problem is None:
+                return {**report, "replaced_by": candidate}
+            if isinstance(problem, SampleError) and problem.reason == "shard_unreadable":
+                candidates.skip_shard()
         raise DataError(
             "no sample near a bad one can be read",
-            got=first,
+            got=report,
             remedy="restore the shards, or leave them out of data.train.shards",
         )
 
@@ -131,10 +205,8 @@ class TrainSteps(Steps):
 class EvalSteps(Steps):
     """A rank's share of the source in file order; missing and bad rows become blanks of weight 0."""
 
-    def __init__(
-        self, source: ShardedSource, encoder: SampleEncoder, batch_size: int, rank: int, world_size: int
-    ) -> None:
-        super().__init__(source, encoder)
+    def __init__(self, source: Source, encoder: SampleEncoder, batch_size: int, rank: int, world_size: int) -> None:
+        self.source, self.encoder = source, encoder
         self.start, self.stop = rank_share(len(source), rank, world_size)
         self.batch_size, self.largest_share = batch_size, -(-len(source) // world_size)
 
@@ -144,12 +216,47 @@ class EvalSteps(Steps):
     def batch(self, step: int) -> Batch:
         """Rows from the start of the share; the same size on every rank."""
         first = self.start + step * self.batch_size
-        samples, weights, errors = [], [], []
-        for row in range(first, min(first + self.batch_size, self.start + self.largest_share)):
-            sample, error = self.read(row, seed=0, epoch=None) if row < self.stop else (None, None)
-            samples.append(sample or self.encoder.blank())
-            weights.append(1.0 if sample else 0.0)
-            errors += [error] if error else []
-        batch = self.encoder.collate(samples, weights=weights, evaluation=True)
+        num_rows = min(self.batch_size, self.start + self.largest_share - first)
+        rows = np.arange(first, max(first, min(first + num_rows, self.stop)))
+        draft, weights, errors = self.encoder.draft(num_rows), [0.0] * num_rows, []
+        for place, sample in enumerate(self.source.read(rows)):
+            try:
+                if isinstance(sample, DataError):
+                    raise sample
+                draft.put(place, sample)
+                weights[place] = 1.0
+            except DataError as error:
+                errors.append(report_of(self.source, int(rows[place]), error))
+        batch = draft.batch(weights=weights, evaluation=True)
         batch["step"], batch["errors"] = step, errors
         return batch
+
+
+def report_of(source: Source, row: int, error: DataError) -> dict[str, Any]:
+    """The line of data_errors.jsonl for a sample that cannot be used."""
+    shard, key = source.locate(row)
+    reason, detail = (error.reason, error.detail) if isinstance(error, SampleError) else ("unreadable", str(error))
+    return {"shard": shard, "key": key, "row": row, "reason": reason, "detail": detail[:200], "replaced_by": None}
+
+
+def _member(ingredient: Ingredient, spec: StreamSpec) -> Member:
+    source, selection = ingredient.source, ingredient.selection
+    if selection.num_rows != len(source) or selection.manifest not in (None, source.fingerprint):
+        raise DataError(
+            "the selection was made for other data",
+            got=f"{selection.num_rows} rows of manifest {selection.manifest}",
+            allowed=f"{len(source)} rows of manifest {source.fingerprint}",
+            remedy="make the selection again on these shards",
+        )
+    order = WindowedOrder(
+        selection=selection,
+        shard_starts=source.shard_starts,
+        seed=source_seed(spec.seed, ingredient.name),
+        shuffle_window=spec.shuffle_window,
+    )
+    stream = Stream(order=order, global_batch=spec.global_batch, epoch_end=spec.epoch_end)
+    return Member(name=ingredient.name, weight=ingredient.weight, stream=stream, manifest=source.fingerprint)
+
+
+def _joined(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()

@@ -1,9 +1,10 @@
 """Writes datasets: splits of plain WebDataset tars, then `dataset.json`, so that a dataset is finished or it is not.
 
-A shard is a ustar file whose headers carry no time, owner or machine, so equal samples give equal bytes. Each shard is
-written beside its place and renamed into it. While a dataset is being built its directory holds a locked marker; the
-marker goes when `dataset.json`, which names the generating parameters and the sha256 of every shard, is in place. Hence
-a killed build is rebuilt by the same command, a finished one is left alone, and nothing else is ever overwritten.
+A shard is a tar (ustar, PAX where a name needs it) whose headers carry no time, owner or machine, so equal samples give
+equal bytes. Each shard is written beside its place and renamed into it. While a dataset is being built its directory
+holds a locked marker; the marker goes when `dataset.json`, which names the generating parameters and the sha256 of
+every shard, is in place. Hence a killed build is rebuilt by the same command, a finished one is left alone, and nothing
+else is ever overwritten.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from vlm_train.data import tar
 from vlm_train.errors import DataError
 from vlm_train.log import get_logger
 
 FORMAT_VERSION = 1
 MARKER = ".unfinished"
 SHARD_NAME = re.compile(r"\d{5,}\.tar(\.tmp)?")
-KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-SUFFIX = re.compile(r"(\d+\.)?(jpg|png|webp)|txt|json")
+_MAX_NAME = 240  # bytes: some file systems take no more than 255 in a name
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all) after each sample."""
@@ -81,7 +82,7 @@ class ShardWriter:
         if self._tar is not None and self._num_in_shard == self.max_samples:
             self._finish_shard()
         if self._tar is None:
-            self._tar = tarfile.open(self._path(".tmp"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._tar = tarfile.open(self._path(".tmp"), "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         for suffix, content in parts.items():
             member = tarfile.TarInfo(f"{key}.{suffix}")  # its defaults: mode 0644, owner 0, time 0, no names
             member.size = len(content)
@@ -96,11 +97,11 @@ class ShardWriter:
         return self.shards
 
     def _check(self, key: str, parts: Mapping[str, bytes]) -> None:
-        if not KEY.fullmatch(key) or key == self._last_key:
-            raise DataError("unfit sample key", got=repr(key), allowed="distinct keys of 1-80 letters, digits, _ or -")
-        bad = [suffix for suffix, content in parts.items() if not SUFFIX.fullmatch(suffix) or not content]
+        if not is_fit(key, "txt") or key == self._last_key:
+            raise DataError("unfit sample key", got=repr(key), allowed="distinct keys: relative paths without a dot")
+        bad = [suffix for suffix, content in parts.items() if not is_fit(key, suffix) or not content]
         if bad or not parts:
-            raise DataError(f"sample {key}: empty or unknown part", got=bad, allowed="[N.]jpg|png|webp, txt, json")
+            raise DataError(f"sample {key}: empty or unfit part", got=bad, allowed="endings like jpg, 0.jpg, txt, json")
 
     def _path(self, ending: str = "") -> Path:
         return self.directory / f"{len(self.shards):05d}.tar{ending}"
@@ -220,6 +221,18 @@ class DatasetWriter:
             if SHARD_NAME.fullmatch(shard.name):
                 shard.unlink()
         return lock
+
+
+def is_fit(key: str, suffix: str) -> bool:
+    """Whether `key.suffix` is a member that is read back as that part of that sample, and safe for who extracts it."""
+    name = f"{key}.{suffix}"
+    try:
+        num_bytes = len(name.encode())
+    except UnicodeError:
+        return False
+    safe = not key.startswith("/") and ".." not in key.split("/") and "\0" not in name and name == name.strip()
+    member = tar.Member(name, 0, 0, 1, "file")
+    return safe and num_bytes <= _MAX_NAME and tar.part_of(member) == (key, suffix)
 
 
 def _summary(directory: Path, document: Mapping[str, Any], *, already_there: bool) -> Summary:

@@ -1,41 +1,48 @@
-"""Tars of image-text pairs with random access: one `pread` a sample.
+"""The samples of an ordered list of shards, of any format, on a disk or a server: what the loaders read from.
 
-The manifest gives the byte range, the headers in that range give the parts, and the uid computed from the parts must be
-the uid that the manifest has for the row: bytes that changed after indexing are never trained on under another's name.
-Open files are a small least-recently-used set per process. A fork may inherit them: `pread` has no shared position.
+The manifest says where a row lies, the format of its shard what its bytes mean, `storage` how to get them. A rank batch
+is read in one call, shard by shard, so that a server is asked for many ranges at once.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlm_train.data import decode, tar
-from vlm_train.data.manifest import open_manifest
+from vlm_train.data.decode import SampleError
+from vlm_train.data.formats.base import Parts
+from vlm_train.data.formats.choose import format_of
+from vlm_train.data.indexing import open_manifest
+from vlm_train.data.locations import File, Stat, StorageOptions, is_remote, name_of
+from vlm_train.data.selection import Selection
+from vlm_train.data.storage import open_file
 from vlm_train.errors import DataError
 from vlm_train.types import RawSample
 
-_MAX_OPEN_FILES = 64
-
 
 class ShardSource:
-    """WebDataset tars, as img2dataset writes them.
+    """Shards of any format.
 
     Args:
-        shards: path, glob, directory, `{00000..00012}` range, or a list of them (`manifest.expand_shards`).
+        shards: path, glob, directory, `{00000..00012}` range, URL, or a list of them (`patterns.expand_shards`).
+        options: how servers are treated, where shards lie on any.
 
     Raises:
-        DataError: a shard is missing, compressed, or holds no usable sample.
+        DataError: a shard is missing, cannot be read at random, or holds no usable sample.
     """
 
-    def __init__(self, *, shards: str | Sequence[str]) -> None:
+    def __init__(self, *, shards: str | Sequence[str], options: StorageOptions | None = None) -> None:
         self.manifest = open_manifest(shards)
         self.fingerprint = self.manifest.fingerprint
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.options = options or StorageOptions()
+        self._selection: Selection | None = None
+        self._window_bytes = 0
+        self._files: dict[int, File] = {}
 
     @property
     def shard_starts(self) -> NDArray[np.int64]:
@@ -45,64 +52,101 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __reduce__(self):  # another process opens the manifest itself; the arrays are not sent
-        return _reopen, ([str(shard) for shard in self.manifest.shards], self.fingerprint)
+    def __reduce__(self):  # another process opens the manifest itself; nothing that is mapped is sent
+        return _reopen, (self.manifest.shards, self.options, self.fingerprint)
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+    def expect(self, selection: Selection, shuffle_window: int) -> None:
+        """Told before reading which rows will be read, and how many shards in turn: what of a server's shards is worth
+        keeping on the local disk follows from it."""
+        sizes = sorted((entry["size"] for entry in self.manifest.entries_of), reverse=True)
+        share = selection.content.num_kept() / len(self)
+        self._selection = selection
+        self._window_bytes = int(sum(sizes[: shuffle_window or 1]) * (share if share < 0.5 else 1.0))
 
-    def read(self, row: int) -> RawSample:
-        """The undecoded sample of a manifest row.
+    def read(self, rows: NDArray[np.int64]) -> list[RawSample | SampleError]:
+        """The undecoded samples of manifest rows [n], in that order; one that cannot be had is a SampleError
+        (`shard_changed`, `unreadable`, `shard_unreadable`) in its place."""
+        rows = np.asarray(rows, np.int64)
+        entries, shards = self.manifest.entries(rows), self.manifest.shard_of(rows)
+        found: list[Any] = [None] * len(rows)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            results = self._read_shard(shard, entries[places])
+            for place, result in zip(places.tolist(), results, strict=True):
+                found[place] = result
+        return found
 
-        Raises:
-            SampleError: `shard_changed`, the bytes are not those that were indexed.
-            OSError: the shard cannot be opened or read.
-        """
-        number = self.manifest.shard_of(row)
-        length = int(self.manifest.lengths[row])
-        chunk = os.pread(self._file(number), length, int(self.manifest.offsets[row]))
-        shard = self.manifest.shards[number].name
+    def _read_shard(self, shard: int, entries: NDArray[Any]) -> list[RawSample | SampleError]:
+        name = self.name_of(shard)
+        found = []
+        for result, uid in zip(self._parts(shard, entries), entries["uid"].tolist(), strict=True):
+            sample = result if isinstance(result, SampleError) else RawSample(uid, result[0], name, result[1])
+            found.append(sample)
+        return found
+
+    def _parts(self, shard: int, entries: NDArray[Any]) -> list[Parts | SampleError]:
+        """As the format reads them. Where that fails each is tried for itself: which samples a rank asks for together
+        must not decide which of them are lost."""
+        file = self._file(shard)
         try:
-            key, parts = tar.read_parts(chunk)
-        except tar.TarFormatError as error:
-            raise _changed(shard, row, error) from None
-        uid = self.manifest.uids[row].tobytes()
-        if decode.sample_uid(parts) != uid:
-            raise _changed(shard, row, f"sample `{key}` has other content than when it was indexed")
-        return RawSample(uid=uid, key=key, shard=shard, parts=parts)
+            return format_of(self.manifest.shards[shard]).read(file, entries)
+        except OSError as error:
+            if len(entries) == 1 or not _is_there(file):
+                reason = "unreadable" if _is_there(file) else "shard_unreadable"
+                return [SampleError(reason, got=error)] * len(entries)
+            return [self._parts(shard, entries[place : place + 1])[0] for place in range(len(entries))]
+
+    def _file(self, shard: int) -> File:
+        location = self.manifest.file_of(shard)
+        if not is_remote(location):
+            return open_file(location)
+        if shard not in self._files:
+            entry = self.manifest.entries_of[shard]
+            self._files[shard] = open_file(
+                location,
+                self.options,
+                stat=Stat(size=entry["size"], version=entry["version"]),
+                kept=partial(self._kept_ranges, shard) if self._selection is not None else None,
+                window_bytes=self._window_bytes,
+            )
+        return self._files[shard]
+
+    def _kept_ranges(self, shard: int) -> list[tuple[int, int]]:
+        assert self._selection is not None
+        rows = self._selection.kept(int(self.manifest.starts[shard]), int(self.manifest.starts[shard + 1]))
+        entries = self.manifest.entries(rows)
+        return list(zip(entries["offset"].tolist(), entries["length"].tolist(), strict=True))
+
+    def name_of(self, shard: int) -> str:
+        """The file name of a shard."""
+        return name_of(self.manifest.shards[shard])
 
     def locate(self, row: int) -> tuple[str, str]:
-        """(shard name, key) of a row, for reports; the key is empty where it cannot be read back."""
-        number = self.manifest.shard_of(row)
+        """(shard name, key) of a row, for reports; from the manifest, so it needs no shard."""
+        shard = int(self.manifest.shard_of(np.array([row]))[0])
+        part = self.manifest.parts[shard]
         try:
-            chunk = os.pread(self._file(number), int(self.manifest.lengths[row]), int(self.manifest.offsets[row]))
-            key = tar.read_parts(chunk)[0]
-        except (OSError, tar.TarFormatError):
+            key = _keys(str(part), part.stat().st_mtime_ns)[row - int(self.manifest.starts[shard])].as_py()
+        except (OSError, ValueError):
             key = ""
-        return self.manifest.shards[number].name, key
-
-    def _file(self, number: int) -> int:
-        if number in self._files:
-            self._files.move_to_end(number)
-            return self._files[number]
-        if len(self._files) >= _MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[number] = os.open(self.manifest.shards[number], os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[number]
+        return self.name_of(shard), key
 
 
-def _changed(shard: str, row: int, detail: object) -> decode.SampleError:
-    return decode.SampleError(
-        "shard_changed",
-        got=f"row {row} of {shard}: {detail}",
-        allowed="the bytes that the manifest was made from",
-        remedy="`vlm-train data index` makes the manifest again",
-    )
+def _is_there(file: File) -> bool:
+    try:
+        file.stat()
+    except OSError:
+        return False
+    return True
 
 
-def _reopen(shards: list[str], fingerprint: str) -> ShardSource:
-    source = ShardSource(shards=shards)
+@lru_cache(maxsize=4)
+def _keys(part: str, mtime_ns: int) -> Any:
+    return pq.read_table(part, columns=["key"])["key"]
+
+
+def _reopen(shards: list[str], options: StorageOptions, fingerprint: str) -> ShardSource:
+    source = ShardSource(shards=shards, options=options)
     if source.fingerprint != fingerprint:
         raise DataError(
             "the shards changed while the run was starting",

@@ -29,12 +29,14 @@ class DataErrors(lightning.Callback):
         run: the run's directory.
         global_batch: samples of one step over all ranks.
         max_error_rate: share of bad samples above which the run stops with a DataError.
-        samples_per_epoch: the rate is judged from min(1,000, this) samples on.
+        samples_per_epoch: the rate is judged from min(1,000, this) samples on; None is not known.
     """
 
-    def __init__(self, *, run: RunDirectory, global_batch: int, max_error_rate: float, samples_per_epoch: int) -> None:
+    def __init__(
+        self, *, run: RunDirectory, global_batch: int, max_error_rate: float, samples_per_epoch: int | None
+    ) -> None:
         self.run, self.global_batch, self.max_error_rate = run, global_batch, max_error_rate
-        self.min_samples = min(MIN_SAMPLES, samples_per_epoch)
+        self.min_samples = min(MIN_SAMPLES, samples_per_epoch or MIN_SAMPLES)
         self.num_bad = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:

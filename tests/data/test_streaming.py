@@ -1,0 +1,143 @@
+"""Tars read from front to back: the same stream for any number of ranks and workers, and after a restart."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+from data_fixtures import G, members_of, merged, train_encoder, write_dataset, write_tar
+
+from vlm_train.data.pipeline import TrainLoader
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.steps import StreamSpec
+from vlm_train.data.streaming import TapeSteps
+from vlm_train.data.tape import ShuffledTapes, read_shard
+from vlm_train.errors import CheckpointError, ConfigError, DataError
+
+COUNTS, BAD = (11, 7, 13, 5), (2, 17, 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = write_dataset(tmp_path_factory.mktemp("tapes"), COUNTS, bad=BAD)
+    packed = path / "00001.tar"
+    (path / "00001.tar.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    return path
+
+
+def shards_of(folder):
+    names = ("00000.tar", "00001.tar.gz", "00002.tar", "00003.tar")
+    return [str(folder / name) for name in names]
+
+
+def loader_of(folder, rank=0, world_size=1, workers=0, *, buffer=8, num_steps=9, **spec):
+    stream = StreamSpec(seed=5, global_batch=G, num_steps=num_steps, epoch_end="wrap", **spec)
+    steps = TapeSteps(
+        shards_of(folder), stream, buffer=buffer, encoder=train_encoder(), rank=rank, world_size=world_size
+    )
+    return TrainLoader(steps=steps, num_workers=workers)
+
+
+def stream_of(loaders, num=None):
+    return [merged(batches) for batches in itertools.islice(zip(*loaders, strict=True), num)]
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return stream_of([loader_of(folder)])
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (3, 2), (5, 0), (7, 1)])
+def test_the_stream_is_the_same_for_any_topology(folder, reference, world_size, workers):
+    loaders = [loader_of(folder, rank, world_size, workers) for rank in range(world_size)]
+    assert stream_of(loaders) == reference
+
+
+def test_an_epoch_holds_every_sample_once_and_bad_ones_are_named(folder, reference):
+    keys = [key for step in reference for key in step["keys"]]
+    good = {f"{shard:02d}{n:04d}" for shard, n in _numbers() if n not in BAD}
+    assert set(keys[: sum(COUNTS)]) == good
+    errors = [error for step in reference for error in step["errors"]]
+    named = {error["key"] for error in errors if error["reason"] == "image_truncated"}
+    assert named == {f"{shard:02d}{n:04d}" for shard, n in _numbers() if n in BAD}
+    assert keys[:36] != keys[36:72]  # another order in the next epoch
+
+
+def _numbers():
+    number = 0
+    for shard, count in enumerate(COUNTS):
+        for _ in range(count):
+            yield shard, number
+            number += 1
+
+
+@pytest.mark.parametrize(("before", "after", "workers", "at"), [(1, 2, 0, 2), (3, 1, 1, 4), (2, 5, 0, 7)])
+def test_resumes_at_another_world_size(folder, reference, before, after, workers, at):
+    loaders = [loader_of(folder, rank, before, workers) for rank in range(before)]
+    first = stream_of(loaders, at)
+    states = {json.dumps(loader.state_dict(), sort_keys=True) for loader in loaders}
+    assert len(states) == 1 and len(min(states)) < 1000
+    resumed = [loader_of(folder, rank, after, workers) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state_dict(json.loads(min(states)))
+    # which decodable sample stands in for a bad one looks back within the epoch, so nothing differs
+    assert first + stream_of(resumed) == reference
+
+
+def test_twin_a_shuffle_that_forgets_the_epoch_is_not_the_same(folder, reference, monkeypatch):
+    whole = ShuffledTapes.epoch
+    monkeypatch.setattr(ShuffledTapes, "epoch", lambda self, number, errors: whole(self, 0, errors))
+    assert [step["keys"] for step in stream_of([loader_of(folder)])] != [step["keys"] for step in reference]
+
+
+def test_a_compressed_tar_holds_what_the_plain_one_does(folder):
+    samples = [[s.uid for s in read_shard(str(folder / f"00001.tar{end}"), [])] for end in ("", ".gz")]
+    assert (
+        samples[0]
+        == samples[1]
+        == [uid.tobytes() for uid in ShardSource(shards=str(folder / "00001.tar")).manifest.uids()]
+    )
+
+
+def test_damage_costs_what_it_costs_and_is_recorded(tmp_path):
+    path = write_dataset(tmp_path, (5,)) / "00000.tar"
+    content = path.read_bytes()
+    for data, name in ((content[: len(content) // 2], "cut.tar"), (gzip.compress(content)[:-400], "cut.tar.gz")):
+        (tmp_path / name).write_bytes(data)
+        errors = []
+        found = [sample.key for sample in read_shard(str(tmp_path / name), errors)]
+        assert 0 < len(found) < 5 and found == [f"00000{i}" for i in range(len(found))]
+        assert errors and errors[-1]["reason"] == "truncated"
+
+
+def test_samples_that_cannot_be_used_are_left_out_with_the_words_of_indexing(tmp_path):
+    members = [
+        *members_of("a", 0),
+        *members_of("b", 1, caption=b"\xff"),
+        *members_of("c", 2, image=b"no image"),
+        ("d.txt", b"alone"),
+        *members_of("a", 3),
+    ]
+    errors = []
+    path = write_tar(tmp_path / "a.tar", members)
+    assert [sample.key for sample in read_shard(str(path), errors)] == ["a"]
+    index = ShardSource(shards=str(path)).manifest.errors()
+    assert errors == index and len(errors) == 4
+
+
+def test_what_a_stream_cannot_do_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="epoch ends"):
+        TapeSteps(
+            shards_of(folder),
+            StreamSpec(seed=0, global_batch=4, num_steps=1),
+            buffer=0,
+            encoder=train_encoder(),
+            rank=0,
+            world_size=1,
+        )
+    state = loader_of(folder).state_dict()
+    with pytest.raises(CheckpointError, match="`buffer` differs"):
+        loader_of(folder, buffer=9).load_state_dict(state)
+    write_tar(tmp_path / "a.tar", [("a.txt", b"x")])
+    with pytest.raises(DataError, match="no usable sample"):
+        list(ShuffledTapes([str(tmp_path / "a.tar")], seed=0, buffer=4).epoch(0, []))

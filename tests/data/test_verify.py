@@ -1,0 +1,72 @@
+"""Whatever is wrong with shards is found, by name, by the mode that promises to find it."""
+
+import pytest
+from data_fixtures import members_of, write_dataset, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.verify import highest_rate, verify
+
+
+def found(verdict):
+    return [(problem.shard, problem.key, problem.reason) for problem in verdict.problems]
+
+
+def test_whole_shards_have_no_problem(tmp_path):
+    write_dataset(tmp_path, (4, 3))
+    for mode in ("fast", "full", "sample"):
+        verdict = verify(str(tmp_path), mode=mode, share=1.0, num_workers=1)
+        assert not verdict.problems and verdict.num_samples == 7
+        assert verdict.num_checked == (0 if mode == "fast" else 7)
+
+
+def test_full_finds_each_picture_that_does_not_decode(tmp_path):
+    write_dataset(tmp_path, (4, 3), bad=(1, 5))
+    assert found(verify(str(tmp_path))) == []  # fast reads no sample
+    seen = []
+    verdict = verify(str(tmp_path), mode="full", num_workers=2, progress=lambda *done: seen.append(done))
+    assert found(verdict) == [("00000.tar", "000001", "image_truncated"), ("00001.tar", "010005", "image_truncated")]
+    assert verdict.by_reason() == {"image_truncated": 2} and seen[-1] == (7, 7)
+
+
+def test_what_indexing_left_out_is_listed_in_every_mode(tmp_path):
+    write_tar(tmp_path / "a.tar", [*members_of("a", 0), *members_of("b", 1, caption=b"\xff"), *members_of("a", 2)])
+    for mode in ("fast", "full"):
+        verdict = verify(str(tmp_path), mode=mode, num_workers=1)
+        assert sorted(found(verdict)) == [("a.tar", "a", "duplicate_key"), ("a.tar", "b", "caption_utf8")]
+        assert verdict.num_left_out == 2
+
+
+def test_a_changed_manifest_is_found_by_fast(tmp_path):
+    write_dataset(tmp_path, (4, 3))
+    manifest = ShardSource(shards=str(tmp_path)).manifest
+    part = manifest.parts[1]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    index = tmp_path / "_manifest" / "index.bin"
+    records = bytearray(index.read_bytes())
+    records[32 * 2 + 3] ^= 1  # a bit of the uid of row 2
+    index.write_bytes(records)
+    assert found(verify(str(tmp_path))) == [("00000.tar", "", "index_changed"), ("00001.tar", "", "part_changed")]
+    full = verify(str(tmp_path), mode="full", num_workers=1)
+    assert ("00000.tar", "000002", "shard_changed") in found(full)
+
+
+def test_a_share_is_drawn_by_hash_and_bounds_the_rate(tmp_path):
+    write_dataset(tmp_path, (60,), bad=range(0, 60, 10))
+    first, again = (verify(str(tmp_path), mode="sample", share=0.5, num_workers=1) for _ in range(2))
+    other = verify(str(tmp_path), mode="sample", share=0.5, seed=1, num_workers=1)
+    assert 15 < first.num_checked < 45
+    assert (first.num_checked, found(first)) == (again.num_checked, found(again))
+    assert (first.num_checked, found(first)) != (other.num_checked, found(other))
+    assert first.highest_rate > 0.1  # the rate there is
+
+
+@given(num=st.integers(1, 3000), share=st.floats(0, 1))
+def test_the_bound_is_the_exact_one(num, share):
+    bad = int(num * share)
+    wanted = 1.0 if bad == num else beta.ppf(0.95, bad + 1, num - bad)
+    assert highest_rate(bad, num) == pytest.approx(wanted, rel=1e-6)

@@ -1,0 +1,88 @@
+"""The data parts of a run from the `data` part of its config: the only place that knows both.
+
+`data` is plain (dicts and lists), with the keys of `schema.DataConfig`, checked by `checks.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_train.data.captions import MAX_SAMPLES, CaptionStream, every_sample
+from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.indexing import Progress, open_manifest
+from vlm_train.data.locations import StorageOptions
+from vlm_train.data.manifest import Manifest
+from vlm_train.data.patterns import expand_shards
+from vlm_train.data.selection import Selection
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps
+from vlm_train.data.streaming import TapeSteps
+from vlm_train.data.tape import ShuffledTapes
+
+Data = Mapping[str, Any]
+
+
+def manifests(data: Data, split: str, progress: Progress | None = None) -> Iterator[Manifest]:
+    """The manifest of each source of a split, made where it is not there; none where the split is streamed."""
+    if split == "train" and data["streaming"]:
+        expand_shards(data["train"]["shards"])  # a missing shard is an error before the run starts
+        return
+    for _, source in _named(data[split]["shards"], None):
+        yield open_manifest(source["shards"], progress)
+
+
+def eval_source(data: Data) -> ShardSource:
+    """The validation split."""
+    return ShardSource(shards=data["val"]["shards"], options=_options(data))
+
+
+def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int, world_size: int) -> StreamSteps:
+    """The steps of one rank.
+
+    Raises:
+        DataError: shards or a selection that cannot be used.
+    """
+    if data["streaming"]:
+        return TapeSteps(
+            data["train"]["shards"],
+            spec,
+            buffer=data["shuffle_buffer"],
+            encoder=encoder,
+            rank=rank,
+            world_size=world_size,
+        )
+    named = _named(data["train"]["shards"], data["selection"])
+    ingredients = [_ingredient(data, name, source, spec) for name, source in named]
+    return TrainSteps(ingredients, spec, encoder, rank, world_size)
+
+
+def train_captions(data: Data) -> CaptionStream:
+    """What a tokenizer is trained on: the captions of all sources, whatever a selection says."""
+    if data["streaming"]:
+        tapes = ShuffledTapes(expand_shards(data["train"]["shards"]), seed=0, buffer=0)
+        return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), MAX_SAMPLES))
+    named = _named(data["train"]["shards"], None)
+    sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
+    return CaptionStream(lambda: itertools.chain.from_iterable(map(every_sample, sources)))
+
+
+def _named(shards: Any, selection: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, {shards, weight, selection}) of each source; a single one has no name."""
+    if isinstance(shards, Mapping):
+        return [(str(name), {"weight": 1.0, "selection": None, **source}) for name, source in shards.items()]
+    return [("", {"shards": shards, "weight": 1.0, "selection": selection})]
+
+
+def _ingredient(data: Data, name: str, described: Mapping[str, Any], spec: StreamSpec) -> Ingredient:
+    source = ShardSource(shards=described["shards"], options=_options(data))
+    where = described["selection"]
+    selection = Selection.load(Path(where), source.fingerprint) if where else Selection.all(len(source))
+    source.expect(selection, spec.shuffle_window)
+    return Ingredient(name=name, source=source, selection=selection, weight=described["weight"])
+
+
+def _options(data: Data) -> StorageOptions:
+    return StorageOptions(cache_gb=data["cache_gb"], retry_seconds=data["retry_seconds"])

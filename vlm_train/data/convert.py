@@ -1,0 +1,146 @@
+"""Shards of any kind to one `.beton`, or to tars, through the manifest: how many samples there are is known beforehand.
+
+The bytes of images and texts are kept where the target can hold them. A sample that cannot be read, decoded or held is
+written with its reason to `OUT.errors.jsonl` and left out; nothing waits for it. The order of the samples is that of
+the manifest, so a selection's rows keep their order, and a JPEG keeps its uid.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlm_train.data import decode
+from vlm_train.data.beton import BetonWriter
+from vlm_train.data.decode import SampleError
+from vlm_train.data.selection import Selection
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.data.writer import Progress, ShardWriter, write_atomically
+from vlm_train.errors import DataError
+from vlm_train.types import RawSample
+
+_CHUNK = 256
+
+Errors = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of the samples. `num_pixels` images are stored as pixels; `errors`: the file that lists what could
+    not be converted."""
+
+    num_written: int
+    num_bytes: int
+    num_pixels: int
+    num_errors: int
+    errors: Path
+
+
+def convert(
+    shards: str | Sequence[str],
+    out: Path,
+    *,
+    selection: Path | None = None,
+    max_samples: int = 10_000,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes the samples of `shards` anew.
+
+    Args:
+        shards: as `data.train.shards`.
+        out: a name ending in `.beton`, or a folder for tars; must not exist, or be an empty folder.
+        selection: only the samples that it keeps, each once.
+        max_samples: samples to a tar.
+        progress: called now and then.
+
+    Raises:
+        DataError: shards that cannot be read, a target that is there already, a selection of other shards, or not one
+            sample that can be converted.
+    """
+    source = ShardSource(shards=shards)
+    chosen = Selection.all(len(source)) if selection is None else Selection.load(selection, source.fingerprint)
+    rows = np.flatnonzero(chosen.mask())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is there already", allowed="a name that is not taken", remedy="choose another one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    target = _to_beton if out.suffix == ".beton" else _to_tars
+    errors: list[dict[str, str]] = []
+    listed = out.with_name(f"{out.name}.errors.jsonl")
+    try:
+        num_pixels = target(out, _good_samples(source, rows, errors, progress), len(rows), max_samples, errors)
+    finally:
+        if errors:
+            write_atomically(listed, "".join(json.dumps(error) + "\n" for error in errors))
+    files = [out] if out.is_file() else sorted(out.glob("*.tar"))
+    num_bytes = sum(file.stat().st_size for file in files)
+    return Converted(len(rows) - len(errors), num_bytes, num_pixels, len(errors), listed)
+
+
+def _good_samples(
+    source: ShardSource, rows: NDArray[np.int64], errors: Errors, progress: Progress | None
+) -> Iterator[RawSample]:
+    """The samples that can be read and decoded; the others go to `errors`."""
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        for row, sample in zip(chunk.tolist(), source.read(chunk), strict=True):
+            error = sample if isinstance(sample, SampleError) else _undecodable(sample)
+            if error is None and not isinstance(sample, SampleError):
+                yield sample
+            elif error is not None:
+                errors.append(_report(*source.locate(row), error))
+        if progress is not None:
+            progress(start + len(chunk), len(rows))
+
+
+def _undecodable(sample: RawSample) -> SampleError | None:
+    """A JPEG is decoded at an eighth of its size, which reads it to its end all the same."""
+    try:
+        for name in decode.image_parts(sample.parts):
+            decode.open_image(sample.parts[name]).decode(min_width=1, min_height=1)
+    except SampleError as error:
+        return error
+    return None
+
+
+def _to_beton(out: Path, samples: Iterator[RawSample], num_samples: int, max_samples: int, errors: Errors) -> int:
+    """Returns how many images are stored as pixels."""
+    with BetonWriter(out, num_samples) as writer:
+        for sample in samples:
+            try:
+                writer.write(sample.key, sample.parts)
+            except SampleError as error:
+                errors.append(_report(sample.shard, sample.key, error))
+        return writer.num_pixels
+
+
+def _to_tars(out: Path, samples: Iterator[RawSample], num_samples: int, max_samples: int, errors: Errors) -> int:
+    """Returns 0: pixels become PNG, which loses nothing."""
+    writer = ShardWriter(out, max_samples=max_samples)
+    for sample in samples:
+        parts = {("png" if name == "ppm" else name): content for name, content in sample.parts.items()}
+        if "ppm" in sample.parts:
+            parts["png"] = _png(sample.parts["ppm"])
+        try:
+            writer.write(sample.key, parts)
+        except DataError as error:
+            errors.append(_report(sample.shard, sample.key, SampleError("part_not_writable", got=error)))
+    if not writer.close():
+        raise DataError(f"not one sample could be converted to {out}", got=errors[:3])
+    return 0
+
+
+def _png(ppm: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(decode.open_image(ppm).decode()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _report(shard: str, key: str, error: SampleError) -> dict[str, str]:
+    return {"shard": shard, "key": key, "reason": error.reason, "detail": error.detail[:200]}

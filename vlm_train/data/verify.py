@@ -1,0 +1,181 @@
+"""Says what is wrong with shards, and where.
+
+`fast` looks at what costs no reading of samples: is each file there, of the size and version that were indexed, are the
+parts and the index what the manifest says. `full` reads and decodes every sample. `sample` does so for a share of them,
+drawn by hash, so that the same ones are drawn again, and bounds the rate of bad ones in all (Clopper and Pearson,
+Biometrika 26, 1934). What indexing left out is listed in every mode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from vlm_train.data import decode
+from vlm_train.data.decode import SampleError
+from vlm_train.data.indexing import open_manifest
+from vlm_train.data.locations import name_of
+from vlm_train.data.manifest import Manifest
+from vlm_train.data.order import derive
+from vlm_train.data.parallel import map_in_processes
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.types import RawSample
+
+Mode = Literal["fast", "full", "sample"]
+Progress = Callable[[int, int], None]
+"""Called with (samples or shards done, in all)."""
+
+_CHUNK = 256
+_CONFIDENCE = 0.95
+
+
+@dataclass(slots=True)
+class Problem:
+    """One thing that is wrong. `key` is empty where it is the shard's; `reason` is one of docs/data.md's words."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was looked at and what was found. `num_checked` samples were read and decoded; `highest_rate`: with 95 %
+    confidence at most this share of all samples cannot be used, None where none was drawn."""
+
+    mode: Mode
+    num_shards: int
+    num_samples: int
+    num_left_out: int
+    num_checked: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    highest_rate: float | None = None
+
+    def by_reason(self) -> dict[str, int]:
+        """How many problems of each kind, the most frequent first."""
+        return dict(Counter(problem.reason for problem in self.problems).most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "by_reason": self.by_reason()}
+
+
+def verify(
+    shards: str | Sequence[str],
+    *,
+    mode: Mode = "fast",
+    share: float = 0.01,
+    seed: int = 0,
+    progress: Progress | None = None,
+    num_workers: int | None = None,
+) -> Verdict:
+    """Checks shards; those that are not indexed yet are indexed first.
+
+    Args:
+        shards: as `data.train.shards`.
+        mode: how much is looked at.
+        share: in mode `sample`, the share of the samples that is read.
+        seed: which they are.
+        progress: called now and then.
+        num_workers: processes; None is one per core.
+
+    Raises:
+        DataError: a shard is missing, or none of it can be used.
+    """
+    manifest = open_manifest(shards)
+    left_out = [Problem(error["shard"], error["key"], error["reason"]) for error in manifest.errors()]
+    verdict = Verdict(mode, len(manifest.shards), len(manifest), len(left_out), problems=left_out)
+    verdict.problems += _manifest_problems(manifest)
+    if mode == "fast":
+        return verdict
+    _source.cache_clear()
+    chunks = list(_chunks(manifest, share if mode == "sample" else None, seed))
+    total = sum(len(rows) for _, rows in chunks)
+    found = 0
+    for (_, rows), problems in zip(chunks, map_in_processes(_check, chunks, num_workers=num_workers, chunk_size=4),
+                                   strict=True):  # fmt: skip
+        verdict.num_checked += len(rows)
+        found += len(problems)
+        verdict.problems += problems
+        if progress is not None:
+            progress(verdict.num_checked, total)
+    if mode == "sample" and total:
+        verdict.highest_rate = highest_rate(found, total)
+    return verdict
+
+
+def highest_rate(num_bad: int, num_checked: int) -> float:
+    """The exact one-sided upper bound of a rate, at 95 % confidence: the p at which `num_bad` or fewer of `num_checked`
+    come up with a probability of 5 %."""
+    if num_bad >= num_checked:
+        return 1.0
+    low, high = num_bad / num_checked, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _at_most(num_bad, num_checked, middle) > 1 - _CONFIDENCE else (low, middle)
+    return high
+
+
+def _at_most(num_bad: int, num: int, rate: float) -> float:
+    """Probability of at most `num_bad` hits in `num` draws, summed by logarithms."""
+    if rate >= 1:
+        return 0.0
+    counts = np.arange(num_bad + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log((num - counts[:-1]) / (counts[:-1] + 1)))])
+    return float(np.exp(logs + counts * np.log(rate) + (num - counts) * np.log1p(-rate)).sum())
+
+
+def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
+    """Parts and index against the hashes in root.json."""
+    for number, (shard, part, entry) in enumerate(
+        zip(manifest.shards, manifest.parts, manifest.entries_of, strict=True)
+    ):
+        if hashlib.sha256(part.read_bytes()).hexdigest() != entry["part_sha256"]:
+            yield Problem(name_of(shard), "", "part_changed", f"{part} is not what indexing wrote")
+        uids = manifest.entries(np.arange(manifest.starts[number], manifest.starts[number + 1]))["uid"]
+        if hashlib.sha256(uids.tobytes()).hexdigest() != entry["content"]:
+            yield Problem(name_of(shard), "", "index_changed", f"index.bin beside {part} is damaged")
+
+
+def _chunks(manifest: Manifest, share: float | None, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(shard, rows within it) to read."""
+    for number, shard in enumerate(manifest.shards):
+        rows = np.arange(manifest.starts[number + 1] - manifest.starts[number])
+        if share is not None:
+            drawn = derive(seed, (rows + manifest.starts[number]).astype(np.uint64))
+            rows = rows[(drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share]
+        for start in range(0, len(rows), _CHUNK):
+            yield shard, rows[start : start + _CHUNK]
+
+
+@lru_cache(maxsize=8)
+def _source(shard: str) -> ShardSource:
+    return ShardSource(shards=shard)
+
+
+def _check(chunk: tuple[str, np.ndarray]) -> list[Problem]:
+    source = _source(chunk[0])
+    problems = []
+    for row, sample in zip(chunk[1].tolist(), source.read(chunk[1]), strict=True):
+        error = sample if isinstance(sample, SampleError) else _decode(sample)
+        if error is not None:
+            problems.append(Problem(*source.locate(row), error.reason, error.detail[:200]))
+    return problems
+
+
+def _decode(sample: RawSample) -> SampleError | None:
+    """Every image of a sample, and its texts."""
+    try:
+        decode.decode_captions(sample.parts, decode.decode_metadata(sample.parts))
+        for name in decode.image_parts(sample.parts):
+            decode.open_image(sample.parts[name]).decode()
+    except SampleError as error:
+        return error
+    return None
