@@ -109,7 +109,8 @@ def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train:
     """Bytes to tensors: augmented for training, deterministic for evaluation."""
     augment = config.data.augment
     transform = TrainTransform(spec=spec, **_plain(augment)) if train else EvalTransform(spec=spec)
-    return SampleEncoder(transform=transform, tokenizer=tokenizer)
+    on_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
+    return SampleEncoder(transform=transform, tokenizer=tokenizer, colours_later=train and on_gpu)
 
 
 def train_loader(parts: Parts, placement: Placement) -> TrainLoader:

@@ -99,10 +99,12 @@ def train_encoder():
 
 
 def loader_of(source, selection, rank=0, world_size=1, workers=0, **spec):
+    return mixture_loader([Ingredient(source=source, selection=selection)], rank, world_size, workers, **spec)
+
+
+def mixture_loader(ingredients, rank=0, world_size=1, workers=0, **spec):
     spec = {"seed": 5, "global_batch": G, "num_steps": NUM_STEPS, "shuffle_window": 2, "epoch_end": "wrap"} | spec
-    steps = TrainSteps(
-        [Ingredient(source=source, selection=selection)], StreamSpec(**spec), train_encoder(), rank, world_size
-    )
+    steps = TrainSteps(ingredients, StreamSpec(**spec), train_encoder(), rank, world_size)
     return TrainLoader(steps=steps, num_workers=workers)
 
 

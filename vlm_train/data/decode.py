@@ -36,6 +36,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _IMAGE_PART = re.compile(r"^(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp|ppm)$")
 _PPM_HEADER = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
 _ORIENTATION = 0x0112
+_JPEG = b"\xff\xd8"
 _BASELINE = (0xC0, 0xC1)  # start of a sequential frame: where its one scan has all components, there is no other
 
 
@@ -80,6 +81,8 @@ class EncodedImage:
             return _raw(self.data, self.raw_start, self.width, self.height)
         try:
             if self.pillow is not None:
+                if self.data[:2] == _JPEG:  # for its errors alone: Pillow fills what is missing with grey
+                    simplejpeg.decode_jpeg(self.data, colorspace="CMYK", min_height=1, min_width=1, min_factor=8)
                 return _orient(_rgb(self.pillow), self.orientation)
             factor = next((f for f in (8, 4, 2) if self.width >= f * min_width and self.height >= f * min_height), 1)
             factor = factor if min_width > 0 and min_height > 0 else 1
@@ -107,10 +110,10 @@ def open_image(data: bytes) -> EncodedImage:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace in ("CMYK", "YCCK"):
             raise ValueError("four-colour JPEGs are Pillow's")
-        exif = _jpeg_exif(data)
     except ValueError:
         pillow = _open_pillow(data)
-        (width, height), exif = pillow.size, pillow.info.get("exif")
+        width, height = pillow.size
+    exif = _jpeg_exif(data) if pillow is None or data[:2] == _JPEG else pillow.info.get("exif")
     _check_size(width, height)
     orientation = _orientation(exif)
     width, height = (height, width) if orientation > 4 else (width, height)

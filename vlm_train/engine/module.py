@@ -14,6 +14,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from vlm_train import imaging
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
@@ -63,6 +64,13 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer; the schedule is applied by the step itself."""
         return self.optim.build(_LearningView(self))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Colours that the loader's workers drew and left to this device."""
+        finish = batch.pop("finish", None)
+        if finish is not None:
+            batch["images"] = imaging.recolour(batch["images"], finish)
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step. Returns `row`, python numbers: loss, lr, grad_norm and the objective's metrics."""
