@@ -29,7 +29,19 @@ DOCUMENTS = [
     path for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()
 ]
 # what tar.py and steps.py report beside the reasons of a SampleError
-OTHER_REASONS = {"empty_member", "duplicate_key", "truncated", "no_end_marker", "bad_header", "unreadable"}
+OTHER_REASONS = {
+    "empty_member",
+    "duplicate_key",
+    "truncated",
+    "no_end_marker",
+    "bad_header",
+    "unreadable",
+    "bad_pointer",
+    "bad_row",
+    "bad_label",
+    "outside_folder",
+    "shard_unreadable",
+}
 EVALUATED = re.compile(r"(evaluation|data\.val|data\.classes)[.=]")
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -107,12 +119,32 @@ def check_evaluate(overrides: list[str]) -> None:
     compose_config(overrides, checked=False)
 
 
-class NoManifest:
+class Nothing:
+    """What a data verb gets instead of work: a manifest, verdict, selection or conversion of nothing."""
+
     shards: list[str] = []
-    fingerprint = ""
+    parts: list[str] = []
+    problems: list[str] = []
+    starts = [0]
+    fingerprint = errors = ""
+    num_errors = num_samples = num_shards = num_left_out = num_checked = num_written = num_bytes = num_pixels = 0
+    highest_rate = None
 
     def __len__(self) -> int:
         return 0
+
+    @property
+    def content(self) -> Nothing:
+        return self
+
+    def num_kept(self) -> int:
+        return 0
+
+    def by_reason(self) -> dict[str, int]:
+        return {}
+
+    def save(self, directory: str) -> None:
+        pass
 
 
 @pytest.fixture
@@ -126,7 +158,16 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "scenes.make.make_scenes",
     ):
         monkeypatch.setattr(f"vlm_train.data.{target}", lambda *args, **kwargs: summary)
-    monkeypatch.setattr("vlm_train.data.manifest.open_manifest", lambda *args, **kwargs: NoManifest())
+    for name in (
+        "indexing.open_manifest",
+        "verify.verify",
+        "stats.statistics",
+        "select.select_rows",
+        "convert.convert",
+    ):
+        monkeypatch.setattr(f"vlm_train.data.{name}", lambda *args, **kwargs: Nothing())
+    monkeypatch.setattr("vlm_train.cli.stats_page.lines", lambda found: [])
+    monkeypatch.setattr("vlm_train.cli.stats_page.write_page", lambda path, title, found: None)
 
 
 @every_document

@@ -1,4 +1,4 @@
-"""Real runs whose shards lie on a server that dies in the middle: what is learned is what the same files teach locally."""
+"""Real runs whose shards lie on a server that dies in the middle: what is learned is what local files teach."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def foreign(path, fields, samples):
 JPG = (24, 20, encoded(pixels(1)))
 
 
-@pytest.mark.parametrize("caption", [b"caf\xc3\xa9", b"{not json", b"padded\0\0\0", b'"quoted"', b"[1]", b"12"])
+@pytest.mark.parametrize("caption", [b"t\xc3\xa9l\xc3\xa9", b"{not json", b"padded\0\0\0", b'"quoted"', b"[1]", b"12"])
 def test_a_bytes_field_is_the_caption(tmp_path, caption):
     file = foreign(tmp_path / "a.beton", [("image", RGB), ("whatever", BYTES)], [[JPG, caption]])
     assert read(file)[1] == [("00000000", {"jpg": JPG[2], "txt": caption.rstrip(b"\0")})]
@@ -297,6 +297,13 @@ def test_an_object_is_the_metadata(tmp_path, kind):
     index, [(key, parts)] = read(file)
     assert (key, set(parts), json.loads(parts["json"])) == ("ключ", {"jpg", "json"}, facts)
     assert index.table()["label"].to_pylist() == [4]
+
+
+@pytest.mark.parametrize("more", [{"other": {"n": 1}}, {"other": "x"}, {"txt": 1}, {"caption": "b"}])
+def test_an_object_that_only_looks_like_ours_is_metadata(more):
+    ours = {"key": "k", "image": "jpg", "txt": "a", "other": {"cls": "3"}}
+    assert beton.unpack_text(ours) == ("k", "jpg", {"txt": b"a", "cls": b"3"})
+    assert beton.unpack_text(ours | more) is None
 
 
 def test_json_text_and_lists_are_captions(tmp_path):

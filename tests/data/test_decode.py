@@ -6,9 +6,9 @@ import hostile
 import numpy as np
 import pytest
 from data_fixtures import encoded, pixels
+from hostile import saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hostile import saved
 from PIL import Image
 
 from vlm_train.data import decode

@@ -1,4 +1,4 @@
-"""One stream of samples and pixels, whatever reads it: number of ranks and workers, format, selection, and interruptions.
+"""One stream of samples and pixels, whatever reads it: ranks, workers, format, selection, interruptions.
 
 Each example draws a whole life of a run: it starts on some number of ranks, stops at a random step, goes on elsewhere
 from the JSON of its state, and so on. Its global batches must be those of one process that was never stopped.
@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 import pytest
-from data_fixtures import encoded, loader_of, members_of, merged, mixture_loader, pixels, write_dataset
+from data_fixtures import encoded, members_of, merged, mixture_loader, pixels, write_dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +107,8 @@ def test_any_life_of_a_run_gives_the_stream_of_one_process(sources, recipe, life
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(recipe=recipes(), life=st.lists(st.tuples(st.sampled_from(WORLDS[:3]), st.integers(0, 3)), min_size=2, max_size=2),
+@given(recipe=recipes(), life=st.lists(st.tuples(st.sampled_from(WORLDS[:3]), st.integers(0, 3)), min_size=2, max_size=2),  # noqa: E501
+      
        workers=st.integers(1, 4))  # fmt: skip
 def test_workers_change_nothing_either(sources, recipe, life, workers):
     make = functools.partial(loaders_of, sources, recipe)
@@ -147,7 +148,7 @@ def test_wrong_twins_are_seen(sources, wrong, monkeypatch):
                 continue
             lag = -11 if wrong == "the step is lost" else 11
             honest = loader.state_dict
-            shifted = lambda honest=honest: {**honest(), "consumed": max(0, honest()["consumed"] + lag)}  # noqa: E731
+            shifted = lambda honest=honest, lag=lag: {**honest(), "consumed": max(0, honest()["consumed"] + lag)}  # noqa: E731
             loader.state_dict = shifted
         return loaders
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data_fixtures import members_of, write_dataset, write_tar
 
-from vlm_train.data import storage
+from vlm_train.data import local
 from vlm_train.data.decode import SampleError
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
@@ -46,7 +46,7 @@ def test_a_shard_that_vanished_costs_its_samples_alone_and_they_are_named(tmp_pa
     source = ShardSource(shards=str(write_dataset(tmp_path, (3, 2))))
     (tmp_path / "00000.tar").unlink()
     *lost, whole = source.read(np.array([0, 1, 4]))
-    assert [error.reason for error in lost] == ["unreadable"] * 2 and "00000.tar" in lost[0].detail
+    assert [error.reason for error in lost] == ["shard_unreadable"] * 2 and "00000.tar" in lost[0].detail
     assert whole.key == "010004"
     assert source.locate(1) == ("00000.tar", "000001")
 
@@ -68,7 +68,7 @@ def test_one_bad_place_of_a_disk_costs_one_sample(tmp_path, monkeypatch):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(local, "_MAX_OPEN_FILES", 3)
     source = ShardSource(shards=str(write_dataset(tmp_path, (2,) * 8)))
     before = len(os.listdir("/proc/self/fd"))
     keys = [sample.key for _ in range(2) for sample in source.read(np.arange(16))]

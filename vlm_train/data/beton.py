@@ -111,9 +111,7 @@ def _fields(file: File, raw: bytes) -> tuple[Field, ...]:
     for number, (kind, name, _) in enumerate(np.frombuffer(raw, FIELD).tolist()):
         text = name.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
         if kind not in _ROWS:
-            raise unusable(
-                file, f"field `{text}` of type {kind}: how much room it takes in a row only its author knows"
-            )
+            raise unusable(file, f"field `{text}` of type {kind}: only its author knows how long its rows are")
         fields.append(Field(text, kind, f"{number}"))
     return tuple(fields)
 
@@ -184,13 +182,12 @@ def unpack_text(content: Any) -> tuple[str, str, dict[str, bytes]] | None:
     """(key, name of the image part, the other parts) of a `sample` field of ours; None for any other JSON."""
     if not isinstance(content, dict) or not {"key", "image"} <= set(content) <= _SAMPLE:
         return None
-    texts = {name: content[name] for name in ("txt", "json") if name in content}
     other, key, image = content.get("other", {}), content["key"], content["image"]
-    if not isinstance(other, dict) or not all(
-        isinstance(text, str) for text in [key, image, *(texts | other).values()]
-    ):
+    texts = {name: content[name] for name in ("txt", "json") if name in content}
+    texts |= other if isinstance(other, dict) else {"other": None}
+    if not all(isinstance(text, str) for text in [key, image, *texts.values()]):
         return None
-    return key, image, {name: text.encode() for name, text in (texts | other).items()}
+    return key, image, {name: text.encode() for name, text in texts.items()}
 
 
 class BetonWriter:
