@@ -108,7 +108,7 @@ def test_any_life_of_a_run_gives_the_stream_of_one_process(sources, recipe, life
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(recipe=recipes(), life=st.lists(st.tuples(st.sampled_from(WORLDS[:3]), st.integers(0, 3)), min_size=2, max_size=2),  # noqa: E501
-      
+
        workers=st.integers(1, 4))  # fmt: skip
 def test_workers_change_nothing_either(sources, recipe, life, workers):
     make = functools.partial(loaders_of, sources, recipe)
