@@ -66,17 +66,6 @@ class RawSample:
     parts: dict[str, bytes]
 
 
-@dataclass(slots=True)
-class Sample:
-    """One decoded, transformed sample. `image` uint8 [S, S, 3] RGB; `metadata` is the content of KEY.json."""
-
-    uid: bytes
-    key: str
-    image: np.ndarray
-    caption: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 class Batch(TypedDict, total=False):
     """What the loader hands to one rank for one step. Absent fields are absent keys, never None."""
 

@@ -4,13 +4,15 @@ import gzip
 import itertools
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from data_fixtures import G, members_of, merged, train_encoder, write_dataset, write_tar
 
 from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import StreamSpec
-from vlm_train.data.streaming import TapeSteps
+from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes, read_shard
 from vlm_train.errors import CheckpointError, ConfigError, DataError
 
@@ -110,6 +112,29 @@ def test_damage_costs_what_it_costs_and_is_recorded(tmp_path):
         assert errors and errors[-1]["reason"] == "truncated"
 
 
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_every_compression_gives_the_same_samples(tmp_path, codec):
+    path = write_dataset(tmp_path, (5,)) / "00000.tar"
+    with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "packed"), "wb"), codec) as packed:
+        packed.write(path.read_bytes())
+    found = [[sample.uid for sample in read_shard(str(tmp_path / name), [])] for name in ("00000.tar", "packed")]
+    assert found[0] == found[1] and len(found[0]) == 5
+
+
+def test_a_stream_without_its_end_is_noticed(tmp_path):
+    """At a block's boundary nothing but the missing end block shows that something is missing."""
+    path = write_dataset(tmp_path, (5,)) / "00000.tar"
+    source = ShardSource(shards=str(path))
+    last = source.manifest.entries(np.array([3]))[0]
+    cut = int(last["offset"])
+    (tmp_path / "cut.tar").write_bytes(path.read_bytes()[:cut])
+    errors = []
+    keys = [sample.key for sample in read_shard(str(tmp_path / "cut.tar"), errors)]
+    indexed = ShardSource(shards=str(tmp_path / "cut.tar")).manifest
+    assert keys == indexed.table(["key"])["key"].to_pylist() == ["000000", "000001"]
+    assert errors == indexed.errors() == [{"shard": "cut.tar", "key": "000002", "reason": "no_end_marker"}]
+
+
 def test_samples_that_cannot_be_used_are_left_out_with_the_words_of_indexing(tmp_path):
     members = [
         *members_of("a", 0),
@@ -135,6 +160,9 @@ def test_what_a_stream_cannot_do_is_refused(folder, tmp_path):
             rank=0,
             world_size=1,
         )
+    (tmp_path / "a.beton").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="only tars"):
+        tars(str(tmp_path / "a.beton"))
     state = loader_of(folder).state_dict()
     with pytest.raises(CheckpointError, match="`buffer` differs"):
         loader_of(folder, buffer=9).load_state_dict(state)

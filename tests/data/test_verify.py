@@ -1,13 +1,18 @@
 """Whatever is wrong with shards is found, by name, by the mode that promises to find it."""
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_fixtures import members_of, write_dataset, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.verify import highest_rate, verify
+from vlm_train.errors import DataError
 
 
 def found(verdict):
@@ -70,3 +75,27 @@ def test_the_bound_is_the_exact_one(num, share):
     bad = int(num * share)
     wanted = 1.0 if bad == num else beta.ppf(0.95, bad + 1, num - bad)
     assert highest_rate(bad, num) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_columns_of_other_tools_are_no_problem_and_a_damaged_one_is(tmp_path):
+    write_dataset(tmp_path, (4,))
+    part = ShardSource(shards=str(tmp_path)).manifest.parts[0]
+    table = pq.read_table(part)
+    pq.write_table(table.append_column("score", pa.array([0.1, 0.2, 0.3, 0.4])), part)
+    assert found(verify(str(tmp_path))) == []
+    pq.write_table(table.slice(0, 3).append_column("score", pa.array([0.1, 0.2, 0.3])), part)
+    assert found(verify(str(tmp_path))) == [("00000.tar", "", "part_changed")]
+
+
+def test_a_damaged_selection_is_refused(tmp_path):
+    write_dataset(tmp_path / "data", (4,))
+    manifest = ShardSource(shards=str(tmp_path / "data")).fingerprint
+    weights = Selection.from_weights(np.array([0.5, 1, 2, 0]), manifest=manifest)
+    weights.save(tmp_path / "weights")
+    assert verify(str(tmp_path / "data"), selection=tmp_path / "weights").problems == []
+    units = np.load(tmp_path / "weights" / "weights.npy")
+    units[[0, 1]] = units[[1, 0]]  # the sums that a load compares stay what they were
+    np.save(tmp_path / "weights" / "weights.npy", units)
+    Selection.load(tmp_path / "weights", manifest)
+    with pytest.raises(DataError, match="damaged"):
+        verify(str(tmp_path / "data"), selection=tmp_path / "weights")

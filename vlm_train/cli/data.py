@@ -20,7 +20,7 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            rendered scenes with complete ground truth
        vlm-train data index SHARDS ...
            the manifest of shards (made on first use anyway)
-       vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--json FILE]
+       vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--selection DIR] [--json FILE]
            what is wrong with them, and where; exit code 1 if anything is
        vlm-train data stats SHARDS ... [--out stats.html]
            sizes, captions, formats, repeats, error rate; a page with pictures

@@ -25,11 +25,13 @@ def _index(words: list[str]) -> None:
 def _verify(words: list[str]) -> int:
     from vlm_train.data.verify import Mode, verify
 
-    shards, options = arguments(words, ["SHARDS"], {"--mode": "fast", "--share": 0.01, "--json": ""}, many=True)
+    defaults: dict[str, Any] = {"--mode": "fast", "--share": 0.01, "--selection": "", "--json": ""}
+    shards, options = arguments(words, ["SHARDS"], defaults, many=True)
     if options["--mode"] not in _MODES:
         raise ConfigError("no such mode", got=options["--mode"], allowed=", ".join(_MODES))
     mode = cast(Mode, options["--mode"])
-    verdict = verify(shards, mode=mode, share=options["--share"], progress=Ticker("samples"))
+    selection = Path(options["--selection"]) if options["--selection"] else None
+    verdict = verify(shards, mode=mode, selection=selection, share=options["--share"], progress=Ticker("samples"))
     if options["--json"]:
         Path(options["--json"]).write_text(json.dumps(verdict.as_dict(), indent=1) + "\n")
     print(f"{verdict.num_samples} samples in {verdict.num_shards} shards, {verdict.num_left_out} left out by indexing")

@@ -15,11 +15,10 @@ from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.indexing import Progress, open_manifest
 from vlm_train.data.locations import StorageOptions
 from vlm_train.data.manifest import Manifest
-from vlm_train.data.patterns import expand_shards
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps
-from vlm_train.data.streaming import TapeSteps
+from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes
 
 Data = Mapping[str, Any]
@@ -28,10 +27,10 @@ Data = Mapping[str, Any]
 def manifests(data: Data, split: str, progress: Progress | None = None) -> Iterator[Manifest]:
     """The manifest of each source of a split, made where it is not there; none where the split is streamed."""
     if split == "train" and data["streaming"]:
-        expand_shards(data["train"]["shards"])  # a missing shard is an error before the run starts
+        tars(data["train"]["shards"])  # a missing shard is an error before the run starts
         return
     for _, source in _named(data[split]["shards"], None):
-        yield open_manifest(source["shards"], progress)
+        yield open_manifest(source["shards"], progress, _options(data))
 
 
 def eval_source(data: Data) -> ShardSource:
@@ -62,7 +61,7 @@ def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int,
 def train_captions(data: Data) -> CaptionStream:
     """What a tokenizer is trained on: the captions of all sources, whatever a selection says."""
     if data["streaming"]:
-        tapes = ShuffledTapes(expand_shards(data["train"]["shards"]), seed=0, buffer=0)
+        tapes = ShuffledTapes(tars(data["train"]["shards"]), seed=0, buffer=0)
         return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), MAX_SAMPLES))
     named = _named(data["train"]["shards"], None)
     sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]

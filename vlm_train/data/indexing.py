@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm_train.assets import cache_dir
 from vlm_train.data.formats import base, choose
-from vlm_train.data.locations import identity, is_remote, name_of, shown
+from vlm_train.data.locations import StorageOptions, identity, is_remote, name_of, shown
 from vlm_train.data.manifest import INDEX, ROOT, VERSION, Entry, Home, Manifest
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.patterns import expand_shards
@@ -43,31 +44,33 @@ _MAGIC = b"PAR1"
 _COMPACT_ABOVE = 1 << 20  # bytes of index.bin below which nothing is won by making it anew
 
 
-def open_manifest(patterns: str | Sequence[str], progress: Progress | None = None) -> Manifest:
-    """Indexes the shards that are new or changed, and opens the manifest of all of them.
+def open_manifest(
+    patterns: str | Sequence[str], progress: Progress | None = None, options: StorageOptions | None = None
+) -> Manifest:
+    """Indexes the shards that are new or changed, and opens the manifest of all of them. `options`: for servers.
 
     Raises:
         DataError: a shard is missing, cannot be read at random, or holds no usable sample.
     """
-    shards = [str(shard) for shard in expand_shards(patterns)]
+    shards = [str(shard) for shard in expand_shards(patterns, options)]
     by_folder: dict[str, list[str]] = {}
     for shard in shards:
         by_folder.setdefault(_folder(shard), []).append(shard)
     homes: dict[str, tuple[Home, str]] = {}
     for folder, members in by_folder.items():
-        home = _up_to_date(folder, members, progress)
+        home = _up_to_date(folder, members, progress, options)
         homes |= {shard: (home, _name(shard)) for shard in members}
     return Manifest(shards=shards, homes=[homes[shard] for shard in shards])
 
 
-def index_shard(location: str) -> base.ShardIndex:
+def index_shard(location: str, options: StorageOptions | None = None) -> base.ShardIndex:
     """Every sample of one shard.
 
     Raises:
         DataError: the shard cannot be read at random, or holds no usable sample.
     """
     try:
-        index = choose.format_of(location).index(open_file(location))
+        index = choose.format_of(location).index(open_file(location, options))
     except OSError as error:
         raise DataError(f"shard `{shown(location)}` cannot be read", got=error, remedy="check the path") from error
     if not index.num_samples:
@@ -87,9 +90,9 @@ def _name(shard: str) -> str:
     return f"{name}-{hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else name
 
 
-def _up_to_date(folder: str, shards: list[str], progress: Progress | None) -> Home:
+def _up_to_date(folder: str, shards: list[str], progress: Progress | None, options: StorageOptions | None) -> Home:
     """The manifest of a folder after indexing what is new or changed."""
-    stats = _stats(shards)
+    stats = _stats(shards, options)
     for path in _candidates(folder):
         home = Home.load(path)
         if home.entries and not _stale(home, stats):
@@ -99,16 +102,16 @@ def _up_to_date(folder: str, shards: list[str], progress: Progress | None) -> Ho
         home = Home.load(path)
         stale = _stale(home, stats)
         if stale:
-            _index(home, stale, stats, progress or (lambda done, total: None))
+            _index(home, {shard: stats[shard] for shard in stale}, progress or (lambda done, total: None), options)
         return home
 
 
-def _stats(shards: list[str]) -> dict[str, Stat]:
+def _stats(shards: list[str], options: StorageOptions | None) -> dict[str, Stat]:
     """Of each shard. Raises DataError for the first that cannot be had."""
 
     try:
         if is_remote(shards[0]):
-            return dict(zip(shards, stat_files([open_file(shard) for shard in shards]), strict=True))
+            return dict(zip(shards, stat_files([open_file(shard, options) for shard in shards]), strict=True))
         return {shard: choose.stat_of(shard) for shard in shards}
     except OSError as error:
         raise DataError("a shard cannot be read", got=error, remedy="check the path") from error
@@ -137,11 +140,12 @@ def _is_parquet(part: Path) -> bool:
         return False
 
 
-def _index(home: Home, stale: list[str], stats: dict[str, Stat], progress: Progress) -> None:
+def _index(home: Home, stats: dict[str, Stat], progress: Progress, options: StorageOptions | None) -> None:
     """Indexes shards, in processes where there is much to do, and commits their entries to `home` as they come."""
-    total = sum(stats[shard].size for shard in stale)
+    stale = list(stats)
+    total = sum(stat.size for stat in stats.values())
     num_workers = min(len(os.sched_getaffinity(0)), 1 + total // _BYTES_PER_WORKER)
-    made = map_in_processes(partial(_write_part, home.path), stale, num_workers=num_workers, chunk_size=1)
+    made = map_in_processes(partial(_write_part, home.path, options), stale, num_workers=num_workers, chunk_size=1)
     with open(home.path / INDEX, "ab") as index:
         try:
             done, written = 0, time.monotonic()
@@ -198,8 +202,7 @@ def _compact(home: Home) -> None:
 
 def _cache(folder: str) -> Path:
     name = hashlib.sha256(folder.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vlm-train" / "manifests" / name
+    return cache_dir() / "manifests" / name
 
 
 def _candidates(folder: str) -> list[Path]:
@@ -218,7 +221,7 @@ def _writable(folder: str) -> Path:
     raise DataError(
         f"the manifest of `{folder}` cannot be written",
         got=f"none of {', '.join(map(str, _candidates(folder)))} is writable",
-        remedy="set XDG_CACHE_HOME to a folder that you may write",
+        remedy="set VLM_TRAIN_CACHE to a folder that you may write",
     )
 
 
@@ -233,9 +236,9 @@ def _lock(home: Path) -> Iterator[None]:
         yield  # closing the file lets go of the lock
 
 
-def _write_part(home: Path, shard: str) -> tuple[Entry, bytes]:
+def _write_part(home: Path, options: StorageOptions | None, shard: str) -> tuple[Entry, bytes]:
     """Indexes a shard and writes its part; returns its entry, without what the caller knows, and its records."""
-    index = index_shard(shard)
+    index = index_shard(shard, options)
     part = home / f"{_name(shard)}.parquet"
     table = _keep_columns(index.table(), part)
     sink = pa.BufferOutputStream()

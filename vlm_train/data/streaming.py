@@ -15,7 +15,8 @@ from typing import Any
 
 from vlm_train.data.collate import Draft, SampleEncoder
 from vlm_train.data.decode import SampleError
-from vlm_train.data.locations import identity, name_of
+from vlm_train.data.formats.choose import kind_of
+from vlm_train.data.locations import identity, name_of, shown
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.steps import StreamSpec, StreamSteps
 from vlm_train.data.tape import ShuffledTapes
@@ -62,7 +63,7 @@ class TapeSteps(StreamSteps):
                 remedy="data.epoch_end=wrap",
             )
         self.encoder = encoder
-        self.tapes = ShuffledTapes(expand_shards(shards), seed=spec.seed, buffer=buffer)
+        self.tapes = ShuffledTapes(tars(shards), seed=spec.seed, buffer=buffer)
         self._samples: Iterator[RawSample] | None = None
         self._errors: list[dict[str, str]] = []
         self._before: deque[RawSample] = deque(maxlen=_NUM_REPLACEMENTS + 1)
@@ -137,6 +138,16 @@ class TapeSteps(StreamSteps):
                 return sample
             self._samples, self._epoch, self._epoch_start = None, self._epoch + 1, self._position
             self._before.clear()
+
+
+def tars(shards: str | Sequence[str]) -> list[str]:
+    """Locations of shards that must be tars. Raises ConfigError for .beton files and folders of images."""
+    found = expand_shards(shards)
+    other = [shown(shard) for shard in found if kind_of(shard) != "tar"]
+    if other:
+        raise ConfigError("only tars can be streamed", got=", ".join(other[:3]), allowed="tars, compressed or not",
+                          remedy="data.streaming=false: these are read at random")  # fmt: skip
+    return found
 
 
 def _report(shard: str, key: str, reason: str, detail: str, replaced_by: str | None) -> dict[str, Any]:

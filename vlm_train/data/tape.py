@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
@@ -32,7 +33,18 @@ log = get_logger(__name__)
 
 _CHUNK = 1 << 20
 _ENDLESS = 1 << 62
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+def _zstd(stream: BinaryIO) -> Any:
+    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+
+
+_OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
 _DAMAGE = (OSError, EOFError, lzma.LZMAError, gzip.BadGzipFile)
 
 

@@ -105,6 +105,10 @@ def walk(read: Read, end: int, *, whole: bool) -> Iterator[Member | Damage]:
     extended: dict[str, Any] = {}
     while offset < end:
         header = read(offset, _BLOCK)
+        if not header:  # a stream, whose end nobody knew
+            cut = offset and not read(offset - 1, 1)
+            yield Damage("truncated" if cut else "no_end_marker", f"the stream ends before byte {offset}")
+            return
         try:
             if not any(header):
                 return

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Literal
 
 from vlm_train.data.formats.base import Format
 from vlm_train.data.locations import Stat, is_remote, name_of
 from vlm_train.data.storage import open_file
 
+Kind = Literal["tar", "beton", "table"]
+
+
+def kind_of(location: str) -> Kind:
+    """What is neither .beton nor a folder is taken for a tar, which its bytes must confirm."""
+    if name_of(location).lower().endswith(".beton"):
+        return "beton"
+    return "table" if not is_remote(location) and os.path.isdir(location) else "tar"
+
 
 @cache
 def format_of(location: str) -> Format:
-    """The format of a shard; what is neither .beton nor a folder is taken for a tar, which its bytes must confirm."""
-    if name_of(location).lower().endswith(".beton"):
+    """The format of a shard."""
+    kind = kind_of(location)
+    if kind == "beton":
         from vlm_train.data.formats.beton import BetonFormat
 
         return BetonFormat()
-    if not is_remote(location) and os.path.isdir(location):
+    if kind == "table":
         from vlm_train.data.formats.table import TableFormat
 
         return TableFormat(location)
@@ -32,7 +43,7 @@ def stat_of(location: str) -> Stat:
     Raises:
         OSError: it cannot be had.
     """
-    if not is_remote(location) and os.path.isdir(location):
+    if kind_of(location) == "table":
         from vlm_train.data.formats.table import TableFormat
 
         return TableFormat(location).stat()

@@ -61,7 +61,10 @@ class TableFormat:
             index.add(parts, key=record.file, number=number, offset=len(records), length=len(line), parts=sizes)
             records += line
         for error in errors:
-            index.leave_out(error["file"], error["reason"])
+            if error["reason"] == "bad_label":  # the sample stays, without it
+                index.ignored["bad_label"] += 1
+            else:
+                index.leave_out(error["file"], error["reason"])
         index.records = bytes(records)
         return index
 

@@ -37,9 +37,9 @@ class ShardSource:
     """
 
     def __init__(self, *, shards: str | Sequence[str], options: StorageOptions | None = None) -> None:
-        self.manifest = open_manifest(shards)
-        self.fingerprint = self.manifest.fingerprint
         self.options = options or StorageOptions()
+        self.manifest = open_manifest(shards, options=self.options)
+        self.fingerprint = self.manifest.fingerprint
         self._selection: Selection | None = None
         self._window_bytes = 0
         self._files: dict[int, File] = {}
