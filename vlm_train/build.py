@@ -41,6 +41,7 @@ from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import AUTOCAST, lightning_trainer, set_up_torch
 from vlm_train.engine.wandb import WandbSink
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
+from vlm_train.locations import in_texts, scrubbed
 from vlm_train.log import get_logger
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.types import ImageSpec, Tokenizer
@@ -280,7 +281,7 @@ def _plain(value: Any) -> Any:
 
 
 def _wandb(config: DictConfig, run: RunDirectory) -> WandbSink:
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    resolved = in_texts(scrubbed, OmegaConf.to_container(config, resolve=True))
     return WandbSink(
         project=config.logger.project,
         entity=config.logger.entity,

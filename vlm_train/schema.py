@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vlm_train.checks import check_values
 from vlm_train.errors import ConfigError
+from vlm_train.locations import identity, in_texts
 from vlm_train.signatures import check_targets
 
 
@@ -174,8 +175,11 @@ MACHINE_KEYS = (
 
 
 def learning_view(config: DictConfig) -> dict[str, Any]:
-    """The resolved config as flat dotted keys, without what only the machine or the observer decides."""
-    flat = flatten(OmegaConf.to_container(config, resolve=True))
+    """The resolved config as flat dotted keys, without what only the machine or the observer decides.
+
+    A URL that was only signed anew, or got another password, says the same.
+    """
+    flat = flatten(in_texts(identity, OmegaConf.to_container(config, resolve=True)))
     return {key: value for key, value in flat.items() if not any(_under(key, machine) for machine in MACHINE_KEYS)}
 
 

@@ -133,3 +133,25 @@ def test_with_the_cache_the_server_is_needed_no_more(tmp_path: Path, scenes: Pat
         code, printed, waited = run_through_an_outage(tmp_path, command, server, 6.0)
     assert code == 0 and not waited, printed
     assert _runs.learned(run) == local and training_errors(run) == []
+
+
+def test_a_url_signed_anew_goes_on_and_no_signature_is_kept_beside_the_config(tmp_path: Path, scenes: Path) -> None:
+    run = tmp_path / "run"
+    with served("http", scenes / "train", tmp_path / "nginx") as server:
+
+        def signed(signature: str) -> list[str]:
+            query = f"?X-Amz-Expires=60&X-Amz-Signature={signature}"
+            names = ",".join(f'"{name}{query}"' for name in server.shards.strip("[]").split(","))
+            return words(scenes, run, f"[{names}]", "checkpoint.every_steps=1")
+
+        _runs.kill_after(tmp_path, signed("5ecret1"), run, 3)
+        other = signed("5ecret2")
+        refused = _runs.call(tmp_path, [*other[:-1], "data.shuffle_window=7"], expect=2)
+        printed = _runs.call(tmp_path, signed("5ecret2"))
+    assert "data.shuffle_window" in refused and "data.train.shards" not in refused and "5ecret" not in refused
+    assert "resuming" in printed and len(_runs.rows(run)) == NUM_STEPS
+    config = (run / "config.yaml").read_text()
+    assert "5ecret2" in config and "5ecret1" not in config
+    texts = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
+    assert {"report.html", "events.jsonl"} < texts.keys()
+    assert [name for name, text in texts.items() if b"5ecret" in text] == []

@@ -17,7 +17,7 @@ from servers import Nginx, Odd, serve_range, wait_for
 from vlm_train.data import cache as module
 from vlm_train.data import entries
 from vlm_train.data.cache import CachedFile, ShardCache
-from vlm_train.data.locations import StorageOptions
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.ranges import coalesce
 from vlm_train.data.remote import RemoteFile
 from vlm_train.data.storage import Stat, open_file

@@ -20,7 +20,7 @@ import pytest
 from servers import S3, Nginx, Odd, free_port, hang_up, refuse, serve_range, stall
 
 from vlm_train.data import retry
-from vlm_train.data.locations import StorageOptions
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.ranges import coalesce
 from vlm_train.data.remote import PIECE, RemoteFile, find
@@ -349,7 +349,7 @@ def test_a_fork_makes_its_own_connections(nginx):
 EXIT = """
 import os, sys
 from vlm_train.data.remote import RemoteFile
-from vlm_train.data.locations import StorageOptions
+from vlm_train.data.files import StorageOptions
 file = RemoteFile(sys.argv[1], StorageOptions())
 assert len(file.read(0, 10)) == 10
 if sys.argv[2] == "fork" and os.fork() == 0:

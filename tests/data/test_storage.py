@@ -10,8 +10,8 @@ import pytest
 
 from vlm_train.data import local
 from vlm_train.data.local import read_fully
-from vlm_train.data.locations import identity, is_remote, name_of, scrubbed, server_of, shown
 from vlm_train.data.storage import LocalFile, Stat, open_file, stat_files
+from vlm_train.locations import identity, is_remote, name_of, scrubbed, server_of, shown
 
 CONTENT = np.random.default_rng(1).bytes(100_000)
 

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.cli.paths import conf_dir, groups
 from vlm_train.errors import ConfigError, nearest
+from vlm_train.locations import scrubbed
 from vlm_train.schema import Config, check, flatten
 
 
@@ -68,8 +69,8 @@ def _readable(word: str) -> str:
         if value.startswith(("[", "'", '"')):
             raise ConfigError(
                 "an override cannot be parsed",
-                got=word,
-                allowed="key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"'",
+                got=scrubbed(word),
+                allowed="key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"', 'key=[\"https://a/b?c=d\"]'",
             ) from None
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'{key}="{escaped}"'

@@ -16,6 +16,7 @@ from vlm_train.cli.paths import conf_dir, groups
 from vlm_train.cli.tables import describe
 from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
 from vlm_train.errors import ConfigError, nearest
+from vlm_train.locations import in_texts, scrubbed
 from vlm_train.log import get_logger
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _write(results: Results, out: str | None, checkpoint: Path, words: list[str]
     if out is None:
         print("\nnot written: this is not the run's own evaluation of its newest checkpoint; out=FILE keeps it")
         return
-    document = {"checkpoint": str(checkpoint), "overrides": words, "results": results}
+    document = {"checkpoint": str(checkpoint), "overrides": in_texts(scrubbed, words), "results": results}
     Path(out).expanduser().write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten: {out}")
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError
+from vlm_train.locations import scrubbed
 from vlm_train.schema import learning_view
 
 
@@ -75,7 +76,7 @@ def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
     changed = differences(config, run)
     if changed:
         listing = "; ".join(f"{key}: {before} -> {now}" for key, (before, now) in list(changed.items())[:8])
-        raise ConfigError(f"{run.path} was trained with another config", got=listing,
+        raise ConfigError(f"{run.path} was trained with another config", got=scrubbed(listing),
                           allowed="changes of the machine only (devices, micro_batch, num_workers, logger, ...)",
                           remedy="restore these keys, or give the new run its own run.id")  # fmt: skip
 

@@ -64,6 +64,7 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     from vlm_train.cli.runs import point_latest
     from vlm_train.engine import checkpoints
     from vlm_train.engine.rundir import write_atomic
+    from vlm_train.locations import in_texts, scrubbed
 
     if run.is_finished() and checkpoint is None:
         print(f"{run.path} is finished already; run.resume=never trains it again as a new run")
@@ -77,7 +78,8 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     # from here on the run exists: what could be refused has been
     write_atomic(run.config, OmegaConf.to_yaml(config))
     point_latest(run)
-    run.event("resume" if step else "start", {"step": step, "command": words, "ranks": config.trainer.devices})
+    told = {"step": step, "command": in_texts(scrubbed, words), "ranks": config.trainer.devices}
+    run.event("resume" if step else "start", told)
     if config.trainer.devices > 1:
         code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
     else:

@@ -26,16 +26,16 @@ from numpy.typing import NDArray
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
-from vlm_train.data.locations import File, shown
+from vlm_train.data.files import File
 from vlm_train.errors import DataError
+from vlm_train.locations import shown
 
 VERSION = 2
 JPEG, RAW = 0, 1  # modes of an image: encoded, or pixels
 INT, IMAGE, BYTES, JSON = 1, 2, 3, 5
 
-HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_start", "<u8")]
-)
+_COUNTS = [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8")]
+HEADER = np.dtype([*_COUNTS, ("table_start", "<u8")])
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 _IMAGE_ROW = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])

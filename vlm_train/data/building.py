@@ -12,8 +12,8 @@ from typing import Any
 
 from vlm_train.data.captions import MAX_SAMPLES, CaptionStream, every_sample
 from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.indexing import Progress, open_manifest
-from vlm_train.data.locations import StorageOptions
 from vlm_train.data.manifest import Manifest
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource

@@ -25,9 +25,10 @@ import numpy as np
 from vlm_train.assets import cache_dir
 from vlm_train.data import entries
 from vlm_train.data.entries import DiskError, disk_bytes, on_disk, pages
-from vlm_train.data.locations import Range, Stat, identity
+from vlm_train.data.files import Range, Stat
 from vlm_train.data.ranges import batches, clamp, coalesce, held, split, union
 from vlm_train.data.remote import PIECE, RemoteFile
+from vlm_train.locations import identity
 from vlm_train.log import get_logger
 
 log = get_logger(__name__)

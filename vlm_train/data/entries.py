@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data.files import Range
 from vlm_train.data.local import read_fully
-from vlm_train.data.locations import Range
 from vlm_train.data.ranges import held
 
 PAGE = 4096

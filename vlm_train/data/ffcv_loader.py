@@ -31,12 +31,12 @@ from torch import Tensor
 
 from vlm_train.data import beton, decode
 from vlm_train.data.formats.beton import BetonFormat, roles_of
-from vlm_train.data.locations import is_remote, shown
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import TrainSteps
 from vlm_train.data.storage import open_file
 from vlm_train.data.transforms import TrainTransform, keyed_generator
 from vlm_train.errors import DataError
+from vlm_train.locations import is_remote, shown
 from vlm_train.types import Batch
 
 try:

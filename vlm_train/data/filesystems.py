@@ -13,8 +13,9 @@ import aiohttp
 import fsspec
 import yarl
 
-from vlm_train.data.locations import Stat, shown
+from vlm_train.data.files import Stat
 from vlm_train.errors import DataError
+from vlm_train.locations import shown
 
 MAX_CONNECTIONS = 64
 

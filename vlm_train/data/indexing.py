@@ -23,13 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_train.assets import cache_dir
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.formats import base, choose
-from vlm_train.data.locations import StorageOptions, identity, is_remote, name_of, shown
 from vlm_train.data.manifest import INDEX, ROOT, VERSION, Entry, Home, Manifest
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.storage import Stat, open_file, stat_files
 from vlm_train.errors import DataError
+from vlm_train.locations import identity, is_remote, name_of, shown
 from vlm_train.log import get_logger
 
 log = get_logger(__name__)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlm_train.data.locations import Range, Stat
+from vlm_train.data.files import Range, Stat
 
 _MAX_OPEN_FILES = 64
 

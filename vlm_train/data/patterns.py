@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vlm_train.data.locations import SCHEMES, StorageOptions, is_remote, name_of, shown
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.records import image_files
 from vlm_train.data.tables import TABLES
 from vlm_train.errors import DataError
+from vlm_train.locations import SCHEMES, is_remote, name_of, shown
 
 SUFFIXES = (".tar", ".beton")
 """What a folder is searched for; where it has files of the first kind, those of the second are left alone."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.data.locations import Range
+from vlm_train.data.files import Range
 
 MAX_OVERHEAD = 0.15
 """Bytes read in vain for each byte wanted, at most. Every reader of servers holds to it."""

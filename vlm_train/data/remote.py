@@ -13,10 +13,11 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from vlm_train.data.files import Range, Stat, StorageOptions
 from vlm_train.data.filesystems import Bucket, System, Web
-from vlm_train.data.locations import Range, Stat, StorageOptions, name_of, server_of
 from vlm_train.data.ranges import clamp, coalesce, cut, split
 from vlm_train.data.retry import Changed, Server, ShortAnswer, persistently
+from vlm_train.locations import name_of, server_of
 
 MAX_REQUESTS = 16
 """Requests of one read that run at once."""

@@ -18,8 +18,9 @@ from typing import TypeVar
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
-from vlm_train.data.locations import StorageOptions, scrubbed, shown
+from vlm_train.data.files import StorageOptions
 from vlm_train.errors import DataError
+from vlm_train.locations import scrubbed, shown
 from vlm_train.log import get_logger
 
 log = get_logger(__name__)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from vlm_train.data.files import File, Range, Stat, StorageOptions
 from vlm_train.data.local import LocalFile
-from vlm_train.data.locations import File, Range, Stat, StorageOptions, is_remote
+from vlm_train.locations import is_remote
 
 __all__ = ["File", "LocalFile", "Stat", "StorageOptions", "open_file", "stat_files"]
 

@@ -16,11 +16,11 @@ from typing import Any
 from vlm_train.data.collate import Draft, SampleEncoder
 from vlm_train.data.decode import SampleError
 from vlm_train.data.formats.choose import kind_of
-from vlm_train.data.locations import identity, name_of, shown
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.steps import StreamSpec, StreamSteps
 from vlm_train.data.tape import ShuffledTapes
 from vlm_train.errors import ConfigError
+from vlm_train.locations import identity, name_of, shown
 from vlm_train.types import Batch, RawSample
 
 _NUM_REPLACEMENTS = 32

@@ -23,9 +23,9 @@ from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.formats.base import ShardIndex, describe
 from vlm_train.data.formats.tar import samples, unusable
-from vlm_train.data.locations import is_remote, name_of
 from vlm_train.data.order import derive
 from vlm_train.errors import DataError
+from vlm_train.locations import is_remote, name_of
 from vlm_train.log import get_logger
 from vlm_train.types import RawSample
 

@@ -24,12 +24,12 @@ from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.formats.base import SCHEMA
 from vlm_train.data.indexing import open_manifest
-from vlm_train.data.locations import name_of
 from vlm_train.data.manifest import Entry, Manifest
 from vlm_train.data.order import derive
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
+from vlm_train.locations import name_of
 from vlm_train.types import RawSample
 
 Mode = Literal["fast", "full", "sample"]

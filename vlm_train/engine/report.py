@@ -18,6 +18,7 @@ from vlm_train.engine import report_page as page
 from vlm_train.engine.charts import Chart, Series, number, share
 from vlm_train.engine.rundir import RunDirectory, read_lines, write_atomic
 from vlm_train.engine.scores import controls_of, counts_of, scores_of
+from vlm_train.locations import in_texts, scrubbed
 
 Rows = list[dict[str, Any]]
 
@@ -46,7 +47,7 @@ def write_report(run: RunDirectory) -> None:
 
 def render_report(run: RunDirectory) -> str:
     """The document."""
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    config = in_texts(scrubbed, yaml.safe_load(run.config.read_text(encoding="utf-8")))
     events, metrics = list(read_lines(run.events)), list(read_lines(run.metrics))
     history = _history(run)
     media = run.media

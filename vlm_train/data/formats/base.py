@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
-from vlm_train.data.locations import File, shown
+from vlm_train.data.files import File
 from vlm_train.errors import DataError
+from vlm_train.locations import shown
 
 ENTRY = np.dtype([("uid", "V16"), ("offset", "<u8"), ("length", "<u4"), ("number", "<u4")])
 """All that reading a sample takes, 32 bytes: its uid, its bytes in the shard, its ordinal in the shard."""

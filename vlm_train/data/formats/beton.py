@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from vlm_train.data import beton, decode
 from vlm_train.data.beton import Field, Layout
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import File, Range
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
-from vlm_train.data.locations import File, Range, shown
 from vlm_train.errors import DataError
+from vlm_train.locations import shown
 
 IMAGES = ("image", "img", "jpg", "picture")
 CAPTIONS = ("caption", "captions", "text", "txt", "title")

@@ -6,9 +6,10 @@ import os
 from functools import cache
 from typing import Literal
 
+from vlm_train.data.files import Stat
 from vlm_train.data.formats.base import Format
-from vlm_train.data.locations import Stat, is_remote, name_of
 from vlm_train.data.storage import open_file
+from vlm_train.locations import is_remote, name_of
 
 Kind = Literal["tar", "beton", "table"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import File, Stat
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
-from vlm_train.data.locations import File, Stat
 from vlm_train.data.records import Errors, Record, image_files, read_record, records_of, table_of
 
 

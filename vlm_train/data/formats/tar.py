@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from vlm_train.data import decode, tar
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import File
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
-from vlm_train.data.locations import File, shown
 from vlm_train.errors import DataError
+from vlm_train.locations import shown
 
 _CHUNK = 8 << 20
 _MAX_LENGTH = (1 << 31) - (1 << 12)  # the most that one read returns on Linux

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import File, Stat, StorageOptions
 from vlm_train.data.formats.base import Parts
 from vlm_train.data.formats.choose import format_of
 from vlm_train.data.indexing import open_manifest
-from vlm_train.data.locations import File, Stat, StorageOptions, is_remote, name_of
 from vlm_train.data.selection import Selection
 from vlm_train.data.storage import open_file
 from vlm_train.errors import DataError
+from vlm_train.locations import is_remote, name_of
 from vlm_train.types import RawSample
 
 

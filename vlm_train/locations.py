@@ -1,4 +1,4 @@
-"""Words about where bytes lie: locations, what may be shown of them, and the face that every shard has.
+"""Words about where bytes lie: locations, and what may be shown of them.
 
 A location is an absolute path, or a URL of `http`, `https`, `s3` or `gs`. URLs may carry secrets: a password before the
 `@`, a signature after the `?`. Whatever is shown, logged or written to a file goes through `shown`; whatever stands for
@@ -9,64 +9,17 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 SCHEMES = ("https", "http", "s3", "gs")
 
-Range = tuple[int, int]
-"""(offset, length) in bytes."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
+_URL = re.compile(rf"{_SCHEME}(?:(?!,{_SCHEME})[^\s'\"<>])+")
 _SIGNATURE = re.compile(
     r"x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|sig|se|st|sv|sp|sr"
 )
-
-
-@dataclass(frozen=True)
-class Stat:
-    """`size` in bytes; `version` changes when the content changes (time in ns, entity tag, or last modification)."""
-
-    size: int
-    version: str
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """How servers are treated and how much of their shards is kept here. Local files need none of it.
-
-    Args:
-        cache_gb: the most that shards of servers take on the local disk, 10^9 bytes; 0 keeps none.
-        retry_seconds: how long one read goes on trying when a server does not answer.
-        timeout_seconds: how long one request may go without a byte of progress.
-    """
-
-    cache_gb: float = 20.0
-    retry_seconds: float = 300.0
-    timeout_seconds: float = 60.0
-
-
-class File(Protocol):
-    """One shard on a disk or on a server. May be pickled, and used after a fork."""
-
-    @property
-    def location(self) -> str:
-        """An absolute path, or a URL. It may hold secrets: show `shown(location)`."""
-
-    @property
-    def name(self) -> str:
-        """The last component of the path."""
-
-    def stat(self) -> Stat:
-        """Size and version as they are now. Raises OSError when they cannot be had."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly that range, shorter only at the end of the file. Raises OSError when it cannot be had."""
-
-    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Every (offset, length), in the order asked; neighbours are joined and requests run at once where it pays."""
 
 
 def is_remote(location: str) -> bool:
@@ -111,6 +64,15 @@ def identity(location: str) -> str:
     kept = [(key, value) for key, value in parse_qsl(parts.query, keep_blank_values=True)]
     query = urlencode([(key, value) for key, value in kept if not _SIGNATURE.fullmatch(key.lower())])
     return urlunsplit((parts.scheme.lower(), _host(parts.netloc), parts.path, query, ""))
+
+
+def in_texts(change: Callable[[str], str], value: Any) -> Any:
+    """A config value, or a tree of them, with every text changed: `in_texts(scrubbed, config)`."""
+    if isinstance(value, Mapping):
+        return {key: in_texts(change, part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_texts(change, part) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _split(location: str):
