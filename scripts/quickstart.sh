@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained model you can search with: environment, data, training, evaluation, pictures, result.
-# Takes about four minutes of training on two CPU cores. Further words are overrides:
+# Takes four to ten minutes of training on two CPU cores. Further words are overrides:
 #   bash scripts/quickstart.sh objective=sigmoid
 #   bash scripts/quickstart.sh trainer.devices=2 strategy=ddp
 set -euo pipefail
