@@ -66,8 +66,8 @@ class RawSample:
     parts: dict[str, bytes]
 
 
-class Batch(TypedDict, total=False):
-    """What the loader hands to one rank for one step. Absent fields are absent keys, never None."""
+class BatchRows(TypedDict, total=False):
+    """The fields of a batch that have a row for each sample: what a micro-batch has a slice of."""
 
     images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device
     text_ids: Tensor  # [B, T] int64
@@ -80,6 +80,12 @@ class Batch(TypedDict, total=False):
     keys: list[str]
     metadata: list[dict[str, Any]]  # KEY.json of each sample (evaluation only)
     finish: Tensor  # [B, 3] float32, factors for imaging.recolour; only where that is left to the trainer's device
+
+
+class Batch(BatchRows, total=False):
+    """What the loader hands to one rank for one step: rows, and what is true of the whole step. Absent fields are
+    absent keys, never None."""
+
     place: dict[str, Any]  # where a stream of tars stood when the step began: epoch, epoch_start
     step: int  # global step this batch belongs to (0-based)
     errors: list[dict[str, Any]]  # samples that could not be read: {shard, key, row, reason}

@@ -1,4 +1,4 @@
-"""Makers of bad samples. Images that claim to be huge are tiny files: only their headers lie."""
+"""Makers of bad samples and bad tars. Images that claim to be huge are tiny files: only their headers lie."""
 
 import io
 import struct
@@ -115,3 +115,47 @@ def many_scans(num_scans, image=None):
     data = encoded(pixels(0), progressive=True) if image is None else image
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * num_scans + b"\xff\xd9"
+
+
+TAR_END = bytes(1024)
+
+
+def tar_header(name, size=0, *, kind=b"0", magic=b"ustar\x0000", size_field=None, signed=False, flags=()):
+    """A header block with a right checksum. `size_field`: any 12 bytes; `flags`: (place, byte) set before it is summed;
+    `signed`: summed as signed bytes."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:124] = b"0000644\0" + b"0000000\0" * 2
+    block[124:136] = size_field or b"%011o\0" % size
+    block[136:148] = b"%011o\0" % 0
+    block[148:157] = b" " * 8 + kind
+    block[257:265] = magic
+    for place, byte in flags:
+        block[place] = byte
+    block[148:156] = b"%06o\0 " % sum(memoryview(bytes(block)).cast("b" if signed else "B"))
+    return bytes(block)
+
+
+def tar_member(name, content, **header):
+    return tar_header(name, len(content), **header) + padded(content)
+
+
+def padded(content):
+    return content + bytes(-len(content) % 512)
+
+
+def pax_header(content):
+    """A PAX header of records, or of anything else."""
+    return tar_member(b"PaxHeaders/x", content, kind=b"x")
+
+
+def pax_record(keyword, value):
+    length = len(keyword) + len(value) + 3
+    length += len(str(length + len(str(length))))
+    return b"%d %s=%s\n" % (length, keyword, value)
+
+
+def tar_sample(key, seed, **header):
+    """A usable sample of a picture and a caption."""
+    image = encoded(pixels(seed))
+    return tar_member(key + b".jpg", image, **header) + tar_member(key + b".txt", b"caption %d" % seed, **header)

@@ -166,6 +166,45 @@ def test_what_a_stream_cannot_do_is_refused(folder, tmp_path):
     state = loader_of(folder).state_dict()
     with pytest.raises(CheckpointError, match="`buffer` differs"):
         loader_of(folder, buffer=9).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="`shards` differs"):
+        loader_of(folder).load_state_dict(state | {"shards": "0" * 64})
+    for place in ({"epoch": None}, {"epoch": -1}, {"epoch": 1.0}, {"epoch_start": True}, {"epoch_start": "0"}):
+        with pytest.raises(CheckpointError, match="no place in a stream"):
+            loader_of(folder).load_state_dict(state | place)
     write_tar(tmp_path / "a.tar", [("a.txt", b"x")])
-    with pytest.raises(DataError, match="no usable sample"):
+    with pytest.raises(DataError, match=r"no usable sample(.|\n)*a.tar a: no_image"):
         list(ShuffledTapes([str(tmp_path / "a.tar")], seed=0, buffer=4).epoch(0, []))
+
+
+def test_the_last_good_sample_stands_in_at_most_32_places_back(tmp_path):
+    """Samples 0, 2, 3, and 5 to 40 do not decode."""
+    bad = {0, 2, 3, *range(5, 41)}
+    shard = write_dataset(tmp_path, (44,), bad=bad) / "00000.tar"
+    stream = StreamSpec(seed=5, global_batch=44, num_steps=1, epoch_end="wrap")
+    steps = TapeSteps(str(shard), stream, buffer=0, encoder=train_encoder(), rank=0, world_size=1)
+    batch = steps.batch(0)
+    numbers = [int(key) if key else None for key in batch["keys"]]
+    assert numbers == [None, 1, 1, 1, *[4] * 33, *[None] * 4, 41, 42, 43]
+    assert [row for row, weight in enumerate(batch["weights"].tolist()) if not weight] == [0, 37, 38, 39, 40]
+    stood_in = {int(error["key"]): error["replaced_by"] for error in batch["errors"]}
+    assert stood_in.keys() == bad and stood_in[3] == "000001" and stood_in[36] == "000004" and stood_in[37] is None
+
+
+def test_a_step_longer_than_an_epoch_and_a_start_in_the_middle_of_one(tmp_path):
+    shard = write_dataset(tmp_path, (5,)) / "00000.tar"
+    stream = StreamSpec(seed=5, global_batch=13, num_steps=4, epoch_end="wrap")
+
+    def loader():
+        return TrainLoader(
+            steps=TapeSteps(str(shard), stream, buffer=3, encoder=train_encoder(), rank=0, world_size=1), num_workers=0
+        )
+
+    whole = stream_of([loader()])
+    counts = np.unique([key for step in whole for key in step["keys"]], return_counts=True)[1]
+    assert counts.sum() == 52 and counts.max() - counts.min() <= 1
+    for at in (1, 2, 3):
+        first, later = loader(), loader()
+        before = stream_of([first], at)
+        later.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert before + stream_of([later]) == whole
+        assert stream_of([first]) == whole[at:]  # also one that is asked again

@@ -17,7 +17,7 @@ from vlm_train.engine.steps import GradientStep, StepPlan, slice_batch
 from vlm_train.objectives.base import SeparableObjective
 from vlm_train.objectives.infonce import InfoNCE
 from vlm_train.objectives.sigmoid import Sigmoid
-from vlm_train.types import Batch, LossOutput, rank_share
+from vlm_train.types import Batch, BatchRows, LossOutput, rank_share
 
 TOLERANCE = 1e-12
 GLOBAL_BATCH = 13
@@ -64,8 +64,9 @@ def make_batch(start: int, stop: int) -> Batch:
     texts = torch.randn(GLOBAL_BATCH, 5, generator=generator, dtype=torch.float64)
     labels = torch.arange(GLOBAL_BATCH) % 5 - 1
     rows = slice(start, stop)
+    whole_step = Batch(step=3, errors=[], place={"epoch": 1, "epoch_start": 8})
     return Batch(
-        images=images[rows], text_ids=texts[rows], labels=labels[rows], weights=torch.ones(stop - start), step=3
+        images=images[rows], text_ids=texts[rows], labels=labels[rows], weights=torch.ones(stop - start), **whole_step
     )
 
 
@@ -138,6 +139,16 @@ def test_a_mean_of_means_is_wrong() -> None:
         (output.sum / output.count / 3).backward()
     right = gradients("regression", plan_for(0, 1, None))
     assert float((model.vision.weight.grad - right["model.vision.weight"]).norm()) > 1e-3
+
+
+def test_a_micro_batch_has_the_rows_of_every_field_that_has_rows_and_nothing_else() -> None:
+    """Whatever fields a batch gets: `types` says which have a row a sample."""
+    rows = {name: list(range(GLOBAL_BATCH)) for name in BatchRows.__annotations__}
+    others = {name: object() for name in Batch.__annotations__.keys() - rows.keys()}
+    assert others.keys() >= {"step", "errors", "place"}
+    sliced = slice_batch({**rows, **others}, 2, 5)  # type: ignore[typeddict-item]
+    assert sliced == {name: [2, 3, 4] for name in rows}
+    assert slice_batch(make_batch(0, GLOBAL_BATCH), 2, 5).keys() == {"images", "text_ids", "labels", "weights"}
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 5), (2, 3), (3, None), (4, 2)])

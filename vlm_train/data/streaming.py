@@ -8,6 +8,7 @@ goes on reads from the beginning of the epoch up to where it stood.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 
 from vlm_train.data.collate import Draft, SampleEncoder
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.formats.choose import kind_of
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.steps import StreamSpec, StreamSteps
 from vlm_train.data.tape import ShuffledTapes
-from vlm_train.errors import ConfigError
+from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.locations import identity, name_of, shown
 from vlm_train.types import Batch, RawSample
 
@@ -39,6 +41,7 @@ class TapeSteps(StreamSteps):
         encoder: how records become batches.
         rank: this process.
         world_size: number of processes.
+        options: for servers.
 
     Raises:
         ConfigError: another `epoch_end`, or more ranks than samples in a global batch.
@@ -53,6 +56,7 @@ class TapeSteps(StreamSteps):
         encoder: SampleEncoder,
         rank: int,
         world_size: int,
+        options: StorageOptions | None = None,
     ) -> None:
         super().__init__(spec, rank, world_size)
         if spec.epoch_end != "wrap":
@@ -63,7 +67,7 @@ class TapeSteps(StreamSteps):
                 remedy="data.epoch_end=wrap",
             )
         self.encoder = encoder
-        self.tapes = ShuffledTapes(tars(shards), seed=spec.seed, buffer=buffer)
+        self.tapes = ShuffledTapes(tars(shards, options), seed=spec.seed, buffer=buffer, options=options)
         self._samples: Iterator[RawSample] | None = None
         self._errors: list[dict[str, str]] = []
         self._before: deque[RawSample] = deque(maxlen=_NUM_REPLACEMENTS + 1)
@@ -83,8 +87,15 @@ class TapeSteps(StreamSteps):
         return batch["place"] if batch else {"epoch": 0, "epoch_start": 0}
 
     def seek(self, place: dict[str, Any]) -> None:
-        """Starts at the beginning of the epoch that `place` names."""
-        self._rewind(int(place["epoch"]), int(place["epoch_start"]))
+        """Starts at the beginning of the epoch that `place` names. Raises CheckpointError where it names none."""
+        epoch, epoch_start = place.get("epoch"), place.get("epoch_start")
+        if type(epoch) is not int or type(epoch_start) is not int or min(epoch, epoch_start) < 0:
+            raise CheckpointError(
+                "the loader state is damaged: `epoch` and `epoch_start` are no place in a stream",
+                got=place,
+                allowed="two counts",
+            )
+        self._rewind(epoch, epoch_start)
 
     def batch(self, step: int) -> Batch:
         """Samples of positions [s G + start, s G + stop)."""
@@ -101,7 +112,8 @@ class TapeSteps(StreamSteps):
             position, sample = self._position, self._next()
             error = self._put(draft, row, sample, position)
             if error is not None:
-                stand_in = next((s for s in reversed(self._before) if self._put(draft, row, s, position) is None), None)
+                earlier = itertools.islice(reversed(self._before), 1, None)
+                stand_in = next((s for s in earlier if self._put(draft, row, s, position) is None), None)
                 weights[row] = 0.0 if stand_in is None else 1.0
                 replaced_by = stand_in.key if stand_in else None
                 errors.append(_report(sample.shard, sample.key, error.reason, error.detail, replaced_by))
@@ -140,9 +152,9 @@ class TapeSteps(StreamSteps):
             self._before.clear()
 
 
-def tars(shards: str | Sequence[str]) -> list[str]:
+def tars(shards: str | Sequence[str], options: StorageOptions | None = None) -> list[str]:
     """Locations of shards that must be tars. Raises ConfigError for .beton files and folders of images."""
-    found = expand_shards(shards)
+    found = expand_shards(shards, options)
     other = [shown(shard) for shard in found if kind_of(shard) != "tar"]
     if other:
         raise ConfigError("only tars can be streamed", got=", ".join(other[:3]), allowed="tars, compressed or not",

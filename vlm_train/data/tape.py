@@ -9,120 +9,112 @@ What still holds: the same order for any number of ranks and workers, and after 
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, cast
+import itertools
+from collections.abc import Iterator, Sequence
 
-import fsspec
 import numpy as np
-import pyarrow as pa
 
-from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
+from vlm_train.data.files import StorageOptions
 from vlm_train.data.formats.base import ShardIndex, describe
-from vlm_train.data.formats.tar import samples, unusable
+from vlm_train.data.formats.tar import TarSample, samples, unusable
 from vlm_train.data.order import derive
-from vlm_train.errors import DataError
-from vlm_train.locations import is_remote, name_of
+from vlm_train.data.retry import describe as in_words
+from vlm_train.data.unpacking import unpacked
+from vlm_train.errors import DataError, VlmError
+from vlm_train.locations import name_of, shown
 from vlm_train.log import get_logger
 from vlm_train.types import RawSample
 
 log = get_logger(__name__)
 
-_CHUNK = 1 << 20
-_ENDLESS = 1 << 62
-
-
-def _zstd(stream: BinaryIO) -> Any:
-    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
-
-
-_OPENERS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-    b"\x28\xb5\x2f\xfd": _zstd,
-}
-_DAMAGE = (OSError, EOFError, lzma.LZMAError, gzip.BadGzipFile)
+_LAST_WORDS = ("truncated", "no_end_marker")  # of a walk over a tar that breaks off
 
 
 class Tape:
-    """A stream that answers `read(offset, length)` as long as nobody looks further back than `forget` allows.
+    """Pieces of a stream that answer `read(offset, length)`, as long as offsets ascend: it only winds forward, and what
+    it has passed is forgotten.
 
-    Args:
-        stream: what is read, once, forwards.
+    `broken`: why the stream cannot be read to its end, None while nothing is wrong. It seems to end there.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
-        # one decompressed piece at a time: `read` would throw what it has away where a stream breaks off
-        self._more: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
-        self.start, self.buffer = 0, bytearray()
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._start, self._buffer = 0, bytearray()
+        self.broken: Exception | None = None
 
     def read(self, offset: int, length: int) -> bytes:
         """Those bytes, fewer at the end of the stream."""
-        while self.start + len(self.buffer) < offset + length:
-            chunk = self._more(_CHUNK)
-            if not chunk:
-                break
-            self.buffer += chunk
-        return bytes(self.buffer[offset - self.start : offset - self.start + length])
+        assert offset >= self._start, f"the tape is past byte {offset} already"
+        while self._start + len(self._buffer) < offset and self._wind():
+            self._forget(offset)
+        self._forget(offset)
+        while len(self._buffer) < length and self._wind():
+            pass
+        return bytes(memoryview(self._buffer)[:length])
 
-    def forget(self, offset: int) -> None:
-        """Nothing before `offset` will be asked for again."""
-        del self.buffer[: offset - self.start]
-        self.start = max(self.start, offset)
+    def _forget(self, offset: int) -> None:
+        num = min(offset - self._start, len(self._buffer))
+        del self._buffer[:num]
+        self._start += num
+
+    def _wind(self) -> bool:
+        try:
+            piece = next(self._pieces, b"") if self.broken is None else b""
+        except Exception as error:  # each library has its own family
+            self.broken, piece = error, b""
+        self._buffer += piece
+        return bool(piece)
 
 
-def read_shard(location: str, errors: list[dict[str, str]]) -> Iterator[RawSample]:
-    """The samples of one tar, compressed or not, in order; what cannot be used is added to `errors`.
+def read_shard(
+    location: str, errors: list[dict[str, str]], options: StorageOptions | None = None
+) -> Iterator[RawSample]:
+    """The samples of one tar, compressed or not, in order; what cannot be used is added to `errors`. `options`: for
+    servers.
 
     Raises:
-        OSError: the shard cannot be opened.
+        DataError: a package is missing that this kind of server needs.
     """
     index = ShardIndex(name_of(location))
-    index.errors = errors
-    with _open(location) as stream:
-        try:
-            yield from _usable(Tape(stream), index)
-        except _DAMAGE as error:
-            log.warning("%s breaks off: %s; what comes after is lost", index.shard, error)
+    try:
+        tape = Tape(unpacked(location, options))
+    except VlmError:
+        raise
+    except Exception as error:  # each library has its own family
+        log.warning("%s cannot be read: %s", shown(location), in_words(error))
+        index.leave_out("", "shard_unreadable")
+        errors += index.errors
+        return
+    for sample in _usable(tape, index):
+        errors += index.errors
+        index.errors.clear()
+        yield sample
+    if tape.broken is not None:
+        log.warning("%s breaks off: %s; what comes after is lost", shown(location), in_words(tape.broken))
+        if not any(error["reason"] in _LAST_WORDS for error in index.errors):  # it broke behind the end of a tar
             index.leave_out("", "truncated")
+    errors += index.errors
 
 
 def _usable(tape: Tape, index: ShardIndex) -> Iterator[RawSample]:
     seen: set[str] = set()
-    for sample in samples(tape, _ENDLESS, index):
+    for sample in samples(tape, None, index):
         reason = unusable(sample, seen)
         seen.add(sample.key)
-        contents = {part: tape.read(offset, size) for part, offset, size in sample.parts}
-        tape.forget(sample.offset + sample.length)
-        if any(len(contents[part]) < size for part, _, size in sample.parts):
-            reason = "truncated"
-        uid = _uid(contents)
-        if reason is None and isinstance(uid, bytes):
-            yield RawSample(uid, sample.key, index.shard, contents)
+        uid = _uid(sample) if reason is None else b""
+        if isinstance(uid, bytes) and reason is None:
+            yield RawSample(uid, sample.key, index.shard, sample.contents)
         else:
             index.leave_out(sample.key, reason or str(uid))
 
 
-def _uid(contents: dict[str, bytes]) -> bytes | str:
+def _uid(sample: TarSample) -> bytes | str:
     """The uid, or the reason why the sample cannot be used."""
     try:
-        describe(contents)
-        return decode.sample_uid(contents)
+        return describe(sample.contents)["uid"]
     except SampleError as error:
         return error.reason
-
-
-def _open(location: str) -> BinaryIO:
-    file = fsspec.open(location, "rb").open() if is_remote(location) else open(location, "rb")  # noqa: SIM115
-    stream = cast(BinaryIO, file)
-    magic = stream.read(8)
-    stream.seek(0)
-    opener = next((opener for prefix, opener in _OPENERS.items() if magic.startswith(prefix)), None)
-    return cast(BinaryIO, opener(stream)) if opener else stream
 
 
 class ShuffledTapes:
@@ -132,10 +124,11 @@ class ShuffledTapes:
         shards: locations of tars.
         seed: of the order.
         buffer: samples that are mixed; 0 keeps the order of the files.
+        options: for servers.
     """
 
-    def __init__(self, shards: Sequence[str], *, seed: int, buffer: int) -> None:
-        self.shards, self.seed, self.buffer = list(shards), seed, buffer
+    def __init__(self, shards: Sequence[str], *, seed: int, buffer: int, options: StorageOptions | None = None) -> None:
+        self.shards, self.seed, self.buffer, self.options = list(shards), seed, buffer, options
 
     def epoch(self, number: int, errors: list[dict[str, str]]) -> Iterator[RawSample]:
         """One epoch. Raises DataError when it holds no sample at all, so that nothing waits for ever."""
@@ -144,7 +137,7 @@ class ShuffledTapes:
         chosen = [self.shards[index] for index in order] if self.buffer else self.shards
         held: list[RawSample] = []
         num = 0
-        for sample in self._read(chosen, errors):
+        for sample in itertools.chain.from_iterable(read_shard(shard, errors, self.options) for shard in chosen):
             num += 1
             held.append(sample)
             if len(held) > self.buffer:
@@ -153,15 +146,13 @@ class ShuffledTapes:
             num += 1
             yield _draw(held, key, num)
         if not num:
-            raise DataError("the shards hold no usable sample", got=errors[:5], remedy="see `vlm-train data verify`")
-
-    def _read(self, shards: list[str], errors: list[dict[str, str]]) -> Iterator[RawSample]:
-        for shard in shards:
-            try:
-                yield from read_shard(shard, errors)
-            except OSError as error:
-                log.warning("%s cannot be read: %s", shard, error)
-                errors.append({"shard": name_of(shard), "key": "", "reason": "unreadable"})
+            found = "; ".join(f"{bad['shard']} {bad['key'] or '(start)'}: {bad['reason']}" for bad in errors[:5])
+            raise DataError(
+                "the shards hold no usable sample",
+                got=found or "no part of a sample",
+                allowed="samples of an image (jpg, png, webp) and a caption (txt, or captions in json)",
+                remedy="correct `data.train.shards`",
+            )
 
 
 def _draw(held: list[RawSample], key: int, num: int) -> RawSample:

@@ -1,44 +1,46 @@
 """The members of a plain tar, found from the headers alone.
 
 Only names, sizes and offsets are taken from a tar: nothing is extracted, and no member's path ever touches the disk.
-Dialects: v7, ustar, GNU long names, PAX (POSIX.1-2001). A header that is damaged is passed over to the next one whose
-checksum holds, so that one bad block costs the sample it lies in and not the rest of the shard.
+Dialects: v7, ustar, GNU long names, PAX (POSIX.1-2001). A header that is damaged is passed over to the next one that is
+whole, so that one bad block costs the sample it lies in and not the rest of the shard. Two blocks of zeros end a tar,
+but what follows them is looked at: tars may be joined end to end, and zeros may be damage.
 
-The same walk finds the samples of a shard when it is indexed and the parts of one sample when it is read, so the two
-cannot disagree.
+The same walk finds the samples of a shard when it is indexed or streamed and the parts of one sample when it is read,
+so these cannot disagree. It asks for bytes in ascending order only, and each turn of it takes it at least a block on.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-_BLOCK = 512
-_SCAN = 1 << 20
+from vlm_train.data.tar_headers import (
+    BLOCK,
+    WITHOUT_DATA,
+    TarFormatError,
+    is_header,
+    kind_in,
+    long_name,
+    name_in,
+    records,
+    size_in,
+)
+
+_FIRST_SCAN, _LAST_SCAN = 1 << 14, 1 << 20
 _MAX_EXTENDED_HEADER = 1 << 20  # a name longer than this is an attack or damage, and would be held in memory
-_KINDS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "directory", b"6": "device"}  # without data
-_REGULAR = (b"0", b"\0", b"7")
+_EXTENDED = (b"x", b"X", b"L", b"K", b"g")  # say something about the member after them; X: PAX as Solaris wrote it
 _PICKLES = ("pickle", "pkl", "pyd", "pt", "pth")
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$", re.DOTALL)
-_ADLER = 65521
 
 Read = Callable[[int, int], bytes]
 """(offset, number of bytes) -> those bytes, fewer only at the end."""
 
 
-class TarFormatError(ValueError):
-    """The bytes are not the tar they should be. `reason`: `truncated`, `no_end_marker` or `bad_header`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        super().__init__(f"{reason}: {detail}")
-
-
 class Member(NamedTuple):
     """One tar member. `offset`: its first header (a long-name header included); `data_offset`, `size`: its content;
-    `kind`: `file`, or what else it is: link, device, directory, sparse, unknown."""
+    `kind`: `file`, or what else it is: link, device, directory, sparse, unknown; or what is no member, but stands
+    between or after them: `end_marker` (a tar ends, and another begins) and `garbage` (after the end)."""
 
     name: str
     offset: int
@@ -95,131 +97,138 @@ def read_parts(chunk: bytes) -> tuple[str, dict[str, bytes]]:
     return key, parts
 
 
-def walk(read: Read, end: int, *, whole: bool) -> Iterator[Member | Damage]:
+def walk(read: Read, end: int | None, *, whole: bool) -> Iterator[Member | Damage]:
     """Members in file order, and what is damaged between them.
 
-    `whole`: the bytes are an archive, which must finish with a block of zeros, and after damage the walk goes on at the
-    next good header; otherwise damage ends it. A member that the archive breaks off in comes before the Damage of it.
+    `end`: number of bytes, None for a stream, which ends where a read gives less than was asked for. `whole`: the bytes
+    are an archive, which must finish with zeros, and after damage the walk goes on at the next good header; otherwise
+    damage ends it. A member that the archive breaks off in comes before the Damage of it.
+
+    The offsets asked for ascend, also those of a consumer who reads a member's content when it is handed the member.
     """
-    offset = first = 0
-    extended: dict[str, Any] = {}
-    while offset < end:
-        header = read(offset, _BLOCK)
-        if not header:  # a stream, whose end nobody knew
-            cut = offset and not read(offset - 1, 1)
-            yield Damage("truncated" if cut else "no_end_marker", f"the stream ends before byte {offset}")
-            return
+    archive = _Archive(read, end, whole)
+    while not archive.over and (whole or archive.reaches(archive.offset + 1)):
+        event: Member | Damage | None
         try:
-            if not any(header):
-                return
-            size, kind = _check(header, offset), header[156:157]
-            size = 0 if kind in _KINDS else extended.get("size", size)
-            data = offset + _BLOCK
-            if data + size <= end and kind in b"xLKg" and kind:
-                extended |= _extended(kind, read, data, size)
-                offset = data + -(-size // _BLOCK) * _BLOCK
-                continue
+            event = archive.member() or archive.after_zeros()
         except TarFormatError as error:
-            yield Damage(error.reason, str(error))
-            offset = first = _next_header(read, offset + _BLOCK, end) if whole else end
-            extended = {}
-            if offset >= end:
-                return
+            event = Damage(error.reason, error.detail)
+            if not whole or error.reason != "bad_header":
+                archive.over = True
+            else:
+                archive.find_header(archive.offset + BLOCK)
+        if event is not None:
+            yield event
+        if archive.over or not isinstance(event, Member) or not event.size:
             continue
-        yield Member(extended.get("path") or _name(header), first, data, size, _kind(kind, header, extended))
-        if data + size > end:
-            yield Damage("truncated", f"a member at byte {offset} ends at {data + size} of {end}")
+        if not archive.reaches(event.data_offset + event.size):
+            yield Damage("truncated", f"the member at byte {event.offset} is longer than what is left")
             return
-        offset = first = data + -(-size // _BLOCK) * _BLOCK
-        extended = {}
-    if whole:
-        yield Damage("no_end_marker", f"the archive stops at byte {end} without a closing block")
 
 
-def _next_header(read: Read, offset: int, end: int) -> int:
-    """Where the next block lies that is a header by its magic and its checksum; `end` where there is none."""
-    while offset < end:
-        blocks = read(offset, _SCAN)
-        for start in range(0, len(blocks) - _BLOCK + 1, _BLOCK):
-            if blocks[start + 257 : start + 262] == b"ustar" and _holds(blocks[start : start + _BLOCK]):
-                return offset + start
-        offset += _SCAN
-    return end
+class _Archive:
+    """Where a walk stands: a header is expected at `offset`, which only grows, unless the archive is `over`."""
+
+    def __init__(self, read: Read, end: int | None, whole: bool) -> None:
+        self._source, self._end, self._whole = read, end, whole
+        self.offset, self.over = 0, False
+
+    def reaches(self, stop: int) -> bool:
+        """Whether the bytes before `stop` are there."""
+        return stop <= self._end if self._end is not None else bool(self._source(stop - 1, 1))
+
+    def member(self) -> Member | None:
+        """The next member; None where there are zeros instead of a header.
+
+        Raises:
+            TarFormatError: there is something else.
+        """
+        first = self.offset
+        said: dict[str, Any] = {}
+        while True:
+            header, is_first = self._read(self.offset, BLOCK), self.offset == first
+            if not header:
+                raise TarFormatError("no_end_marker", f"the archive stops at byte {self.offset} without its end")
+            if is_first and self._whole and not any(header):
+                return None
+            size, kind, data = size_in(header, self.offset), header[156:157], self.offset + BLOCK
+            if kind not in _EXTENDED:
+                break
+            said |= self._extended(kind, data, size)
+            self.offset = _after(data, size)
+        size = 0 if kind in WITHOUT_DATA else said.get("size", size)
+        data = self._after_map(header, data) if kind == b"S" else data
+        self.offset = _after(data, size)
+        return Member(said.get("path") or name_in(header), first, data, size, kind_in(header, said))
+
+    def after_zeros(self) -> Member | Damage | None:
+        """What follows the zeros at `offset`: nothing, the next of several tars (`end_marker`), or `garbage`. A single
+        block of zeros, or zeros and garbage amid members, are Damage: there were headers."""
+        start = self.offset
+        self._skip_zeros()
+        if self.over:
+            return None
+        stop = self.offset
+        self.find_header(stop)
+        if stop - start > BLOCK and self.offset == stop:
+            return Member("", start, stop, 0, "end_marker")
+        if stop - start > BLOCK and self.over:
+            return Member("", start, stop, self.offset - stop, "garbage")
+        return Damage("bad_header", f"zeros in place of a header at byte {start}")
+
+    def find_header(self, offset: int) -> None:
+        """On to the first header from `offset` on that is whole; where there is none, the archive is over."""
+        self.offset = offset
+        for blocks in self._onwards():
+            for start in range(0, len(blocks) - BLOCK + 1, BLOCK):
+                if is_header(blocks[start : start + BLOCK]):
+                    self.offset += start
+                    return
+
+    def _skip_zeros(self) -> None:
+        """On to the first block that is not all zeros."""
+        for blocks in self._onwards():
+            if blocks != bytes(len(blocks)):
+                self.offset += (len(blocks) - len(blocks.lstrip(b"\0"))) // BLOCK * BLOCK
+                return
+
+    def _onwards(self) -> Iterator[bytes]:
+        """What lies from `offset` on, in pieces that grow: most damage is short. Behind the last, it is over."""
+        length = _FIRST_SCAN
+        while blocks := self._read(self.offset, length):
+            yield blocks
+            self.offset += len(blocks)
+            length = min(2 * length, _LAST_SCAN)
+        self.over = True
+
+    def _extended(self, kind: bytes, data: int, size: int) -> dict[str, Any]:
+        """What a long-name (`L`) or PAX (`x`) header says about the member after it."""
+        if kind in (b"K", b"g"):  # a long link target, defaults of the archive: neither names a member
+            if size and not self.reaches(data + size):
+                raise TarFormatError("truncated", f"an extended header at byte {data - BLOCK}")
+            return {}
+        if size > _MAX_EXTENDED_HEADER:
+            raise TarFormatError("bad_header", f"an extended header of {size} bytes")
+        raw = self._read(data, size)
+        if len(raw) < size:
+            raise TarFormatError("truncated", f"an extended header at byte {data - BLOCK}")
+        return long_name(raw) if kind == b"L" else records(raw)
+
+    def _after_map(self, header: bytes, data: int) -> int:
+        """Where the content of an old GNU sparse file begins: after the blocks that its map goes on in."""
+        goes_on = header[482]
+        while goes_on:
+            block = self._read(data, BLOCK)
+            if len(block) < BLOCK:
+                raise TarFormatError("truncated", f"the map of a sparse file at byte {data}")
+            goes_on, data = block[504], data + BLOCK
+        return data
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if self._end is not None:
+            length = min(length, max(0, self._end - offset))
+        return self._source(offset, length) if length else b""
 
 
-def _holds(header: bytes) -> bool:
-    try:
-        return _check(header, 0) >= 0
-    except TarFormatError:
-        return False
-
-
-def _kind(kind: bytes, header: bytes, extended: dict[str, Any]) -> str:
-    if kind in _REGULAR:
-        name = extended.get("path") or header[:100].split(b"\0", 1)[0].decode("latin1")
-        return "sparse" if "sparse" in extended else "directory" if name.endswith("/") else "file"
-    return _KINDS.get(kind, "unknown")
-
-
-def _check(header: bytes, offset: int) -> int:
-    """The size field of a header whose checksum holds."""
-    if len(header) < _BLOCK:
-        raise TarFormatError("truncated", f"{len(header)} bytes of a header at byte {offset}")
-    try:
-        total, size = _number(header[148:156]), _number(header[124:136])
-    except ValueError:
-        raise TarFormatError("bad_header", f"not a number in the header at byte {offset}") from None
-    # the checksum is the sum of the bytes, its own field taken as spaces; the low half of Adler-32 is 1 + that sum,
-    # modulo 65,521, and ten times as fast as `sum`
-    found = zlib.adler32(header[:148] + b"        " + header[156:]) & 0xFFFF
-    if (total + 1) % _ADLER != found or not 0 <= total <= 255 * _BLOCK or size < 0:
-        raise TarFormatError("bad_header", f"checksum of the header at byte {offset}")
-    return size
-
-
-def _number(raw: bytes) -> int:
-    """Octal digits, or big-endian binary when the top bit is set (GNU, for sizes of 8 GiB and more)."""
-    if raw[0] & 0x80:
-        return int.from_bytes(bytes([raw[0] & 0x7F]) + raw[1:], "big")
-    return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "backslashreplace")  # lossless, and valid in a Parquet string column
-
-
-def _extended(kind: bytes, read: Read, data: int, size: int) -> dict[str, Any]:
-    """What a long-name (`L`) or PAX (`x`) header says about the member after it."""
-    if kind in (b"K", b"g"):  # a long link target, defaults of the archive: neither names a member
-        return {}
-    if size > _MAX_EXTENDED_HEADER:
-        raise TarFormatError("bad_header", f"an extended header of {size} bytes")
-    raw = read(data, size)
-    if kind == b"L":
-        return {"path": _text(raw.split(b"\0", 1)[0])}
-    found: dict[str, Any] = {}
-    try:
-        while raw.strip(b"\0"):
-            length = int(raw[: raw.index(b" ")])
-            if not 0 < length <= len(raw):
-                raise ValueError
-            keyword, value = raw[raw.index(b" ") + 1 : length - 1].split(b"=", 1)
-            raw = raw[length:]
-            found |= _pax(keyword, value)
-    except ValueError:
-        raise TarFormatError("bad_header", "a PAX record that cannot be read") from None
-    return found
-
-
-def _pax(keyword: bytes, value: bytes) -> dict[str, Any]:
-    if keyword.startswith(b"GNU.sparse"):
-        return {"sparse": True}
-    if keyword == b"path":
-        return {"path": _text(value)}
-    return {"size": int(value)} if keyword == b"size" else {}
+def _after(data: int, size: int) -> int:
+    return data + -(-size // BLOCK) * BLOCK

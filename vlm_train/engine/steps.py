@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlm_train.distributed import collectives
 from vlm_train.objectives.base import CoupledObjective, Objective, SeparableObjective
-from vlm_train.types import Batch, LossOutput, Model, rank_share
+from vlm_train.types import Batch, BatchRows, LossOutput, Model, rank_share
 
 Backward = Callable[[Tensor, bool], None]
 """(scalar, is_last): backward through the strategy; only the last call of a step reduces gradients over ranks."""
@@ -62,7 +62,7 @@ class StepPlan:
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Rows [start, stop) of every per-sample field; fields of the whole step are left out."""
-    rows = {key: value[start:stop] for key, value in batch.items() if key not in ("step", "errors")}  # type: ignore[index]
+    rows = {key: batch[key][start:stop] for key in BatchRows.__annotations__ if key in batch}  # type: ignore[literal-required]
     return Batch(**rows)  # type: ignore[typeddict-item]
 
 

@@ -19,6 +19,9 @@ from vlm_train.data.files import File
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
 from vlm_train.errors import DataError
 from vlm_train.locations import shown
+from vlm_train.log import get_logger
+
+log = get_logger(__name__)
 
 _CHUNK = 8 << 20
 _MAX_LENGTH = (1 << 31) - (1 << 12)  # the most that one read returns on Linux
@@ -40,9 +43,8 @@ class TarFormat:
             if reason:
                 index.leave_out(sample.key, reason)
                 continue
-            contents = {name: window.read(offset, size) for name, offset, size in sample.parts}
             index.add(
-                contents,
+                sample.contents,
                 key=sample.key,
                 number=number,
                 offset=sample.offset,
@@ -61,12 +63,18 @@ class TarFormat:
 
 @dataclass(slots=True)
 class TarSample:
-    """Bytes [offset, offset + length) of the tar hold all parts (name, offset, size), headers included."""
+    """Bytes [offset, offset + length) of the tar hold all parts (name, offset, size), headers included. `contents` has
+    the bytes of each by name, unless the sample is too large to be used."""
 
     key: str
     offset: int
     length: int = 0
     parts: list[tuple[str, int, int]] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+    def takes(self, key: str, part: str) -> bool:
+        """Whether a part belongs to this sample; a name seen twice begins another of the same key."""
+        return key == self.key and all(part != known for known, _, _ in self.parts)
 
 
 class _Window:
@@ -92,36 +100,46 @@ class Readable(Protocol):
         """Those bytes, fewer only at the end."""
 
 
-def samples(window: Readable, size: int, index: ShardIndex) -> Iterator[TarSample]:
-    """Samples in file order; a part name seen twice starts a new sample of the same key.
+def samples(window: Readable, end: int | None, index: ShardIndex) -> Iterator[TarSample]:
+    """Samples in file order, read as they pass by. `end` as in `tar.walk`.
 
     Damage goes to the index, with the samples before and after it: nobody can know whether they were whole.
     """
     sample: TarSample | None = None
     doubtful: str | None = None  # the damage that the sample being gathered may have lost a part to
-    for member in tar.walk(window.read, size, whole=True):
+    for member in tar.walk(window.read, end, whole=True):
         if isinstance(member, tar.Damage):
             index.leave_out(sample.key if sample else "", member.reason)
             sample, doubtful = None, member.reason
             continue
         names = tar.part_of(member)
-        if isinstance(names, str):
-            index.ignored[names] += 1
-            continue
-        key, part = names
-        if sample is not None and (sample.key != key or any(part == known for known, _, _ in sample.parts)):
-            if doubtful is None:
-                yield sample
-            else:
-                index.leave_out(sample.key, doubtful)
+        is_other = isinstance(names, tuple) and sample is not None and not sample.takes(*names)
+        if is_other or member.kind == "end_marker":
+            yield from _unless_doubtful(sample, doubtful, index)
             sample, doubtful = None, None
-        sample = sample or TarSample(key, member.offset)
-        sample.parts.append((part, member.data_offset, member.size))
+        if isinstance(names, str):
+            _pass_over(member, names, index)
+            continue
+        sample = sample or TarSample(names[0], member.offset)
+        sample.parts.append((names[1], member.data_offset, member.size))
         sample.length = member.data_offset + member.size - sample.offset
-    if sample is not None and doubtful is None:
-        yield sample
+        if sample.length <= _MAX_LENGTH:
+            num_there = member.size if end is None else min(member.size, end - member.data_offset)
+            sample.contents[names[1]] = window.read(member.data_offset, num_there)
+    yield from _unless_doubtful(sample, doubtful, index)
+
+
+def _unless_doubtful(sample: TarSample | None, damage: str | None, index: ShardIndex) -> Iterator[TarSample]:
+    if sample is not None and damage is not None:
+        index.leave_out(sample.key, damage)
     elif sample is not None:
-        index.leave_out(sample.key, str(doubtful))
+        yield sample
+
+
+def _pass_over(member: tar.Member, kind: str, index: ShardIndex) -> None:
+    index.ignored[kind] += 1
+    if kind == "garbage":
+        log.warning("%s: %d bytes after its end are no tar, and are passed over", index.shard, member.size)
 
 
 def unusable(sample: TarSample, seen: set[str]) -> str | None:
