@@ -7,10 +7,13 @@ import threading
 
 import numpy as np
 import pytest
+from promptly import promptly
 
 from vlm_train.data import local
+from vlm_train.data.indexing import open_manifest
 from vlm_train.data.local import read_fully
 from vlm_train.data.storage import LocalFile, Stat, open_file, stat_files
+from vlm_train.errors import DataError
 from vlm_train.locations import identity, is_remote, name_of, scrubbed, server_of, shown
 
 CONTENT = np.random.default_rng(1).bytes(100_000)
@@ -53,6 +56,31 @@ def test_errors_name_the_file(tmp_path):
         open_file(str(tmp_path / "gone.tar")).read(0, 1)
     with pytest.raises(OSError, match=tmp_path.name):
         open_file(str(tmp_path)).read(0, 1)
+
+
+def test_a_pipe_is_no_file_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "link.tar").symlink_to("a.tar")
+    for name in ("a.tar", "link.tar", "/dev/zero"):
+        file = LocalFile(str(tmp_path / name))
+        for ask in (file.stat, lambda file=file: file.read(0, 1)):
+            with promptly(), pytest.raises(OSError, match="Not a regular file"):
+                ask()
+    with promptly(), pytest.raises(DataError, match=r"a\.tar"):
+        open_manifest(str(tmp_path / "a.tar"))
+
+
+def test_a_lent_file_is_waited_for(path, monkeypatch):
+    opened = os.open
+
+    def lent(name, flags):
+        if flags & os.O_NONBLOCK:
+            raise BlockingIOError(11, "lent to another machine")
+        return opened(name, flags)
+
+    monkeypatch.setattr(os, "open", lent)
+    local._open_files.clear()
+    assert LocalFile(str(path)).read(0, 3) == CONTENT[:3]
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):

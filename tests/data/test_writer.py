@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promptly import promptly
 
 import vlm_train
 from vlm_train.data.parallel import map_in_processes
-from vlm_train.data.writer import DatasetWriter, ShardWriter, hash_fraction
+from vlm_train.data.writer import DatasetWriter, ShardWriter, hash_fraction, to_json
 from vlm_train.errors import DataError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(vlm_train.__file__).parents[1])}
@@ -93,6 +94,12 @@ def test_a_key_twice_in_a_row_is_refused(tmp_path):
         writer.write("a", PARTS)
 
 
+@pytest.mark.parametrize("max_samples", [0, -1])
+def test_a_shard_without_a_sample_is_refused(tmp_path, max_samples):
+    with pytest.raises(DataError, match="at least one sample"):
+        ShardWriter(tmp_path, max_samples=max_samples)
+
+
 def test_shards_are_never_overwritten(tmp_path):
     writer = ShardWriter(tmp_path)
     writer.write("a", PARTS)
@@ -144,6 +151,34 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(DataError, match="not ours or is damaged"):
         build(tmp_path)
     assert (tmp_path / "dataset.json").read_text() == "precious"
+
+
+DAMAGED = ["[" * 100_000, "5", "[]", '{"parameters": 5}', '{"parameters": {"a": 1}, "splits": []}']
+DAMAGED += ['{"parameters": {}, "splits": {"train": [{"file": 5}]}}', '{"parameters": [[1, 2]], "splits": {}}']
+DAMAGED += ['{"parameters": {}, "splits": {}, "num_samples": 5, "num_errors": 0, "facts": {}}']
+
+
+@pytest.mark.parametrize("document", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_dataset_json_is_an_error(tmp_path, document):
+    (tmp_path / "dataset.json").write_text(document)
+    with pytest.raises(DataError, match="not ours or is damaged"):
+        build(tmp_path)
+
+
+def test_a_dataset_json_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    with promptly(), pytest.raises(DataError, match="not ours or is damaged"):
+        build(tmp_path)
+
+
+def test_what_cannot_be_a_directory_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match="cannot be written"):
+            build(directory)
+        with pytest.raises(DataError, match="cannot be written"):
+            ShardWriter(directory)
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_two_builders_of_one_directory(tmp_path):
@@ -233,6 +268,16 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+
+
+json_text = st.text(st.characters() | st.sampled_from("\ud800\udbff\udc00\udfff\\"))
+
+
+@given(metadata=st.dictionaries(json_text, json_text | st.integers(), max_size=4))
+def test_whatever_json_can_spell_is_kept(metadata):
+    text = to_json(metadata).decode("utf-8")
+    assert json.loads(text) == json.loads(json.dumps(metadata))
+    assert "\n" not in text
 
 
 @given(text=st.text())

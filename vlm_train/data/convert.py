@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from PIL import Image
 from vlm_train.data import decode
 from vlm_train.data.beton import BetonWriter
 from vlm_train.data.decode import SampleError
+from vlm_train.data.local import printable
+from vlm_train.data.records import IMAGE_ENDINGS
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
-from vlm_train.data.writer import Progress, ShardWriter, write_atomically
+from vlm_train.data.writer import Progress, ShardWriter, is_fit, write_atomically
 from vlm_train.errors import DataError
 from vlm_train.types import RawSample
 
 _CHUNK = 256
+_MAX_KEY = 160  # bytes of a key that is made up; it leaves room for a number and the name of a part
 
 Errors = list[dict[str, str]]
 
@@ -67,9 +71,12 @@ def convert(
     source = ShardSource(shards=shards)
     chosen = Selection.all(len(source)) if selection is None else Selection.load(selection, source.fingerprint)
     rows = np.flatnonzero(chosen.mask())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is there already", allowed="a name that is not taken", remedy="choose another one")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out} is there already", allowed="a name that is not taken", remedy="choose another one")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written", got=error, remedy="choose another name") from error
     target = _to_beton if out.suffix == ".beton" else _to_tars
     errors: list[dict[str, str]] = []
     listed = out.with_name(f"{out.name}.errors.jsonl")
@@ -121,19 +128,51 @@ def _to_beton(out: Path, samples: Iterator[RawSample], num_samples: int, max_sam
 
 
 def _to_tars(out: Path, samples: Iterator[RawSample], num_samples: int, max_samples: int, errors: Errors) -> int:
-    """Returns 0: pixels become PNG, which loses nothing."""
+    """Returns 0: pixels become PNG, which loses nothing. Keys are distinct within a tar; more is asked of none."""
     writer = ShardWriter(out, max_samples=max_samples)
+    used: dict[str, int] = {}
+    num_written, last = 0, ""
     for sample in samples:
-        parts = {("png" if name == "ppm" else name): content for name, content in sample.parts.items()}
-        if "ppm" in sample.parts:
-            parts["png"] = _png(sample.parts["ppm"])
+        parts = _without_ppm(sample.parts)
+        if num_written % max_samples == 0:
+            used = {last: 1}  # the last of a tar is no key of the next one either: `ShardWriter` would refuse it
+        key = _tar_key(sample.key, parts, used)
         try:
-            writer.write(sample.key, parts)
+            writer.write(key, parts)
+            num_written, last = num_written + 1, key
         except DataError as error:
             errors.append(_report(sample.shard, sample.key, SampleError("part_not_writable", got=error)))
     if not writer.close():
         raise DataError(f"not one sample could be converted to {out}", got=errors[:3])
     return 0
+
+
+def _tar_key(key: str, parts: Iterable[str], used: dict[str, int]) -> str:
+    """A key that a tar can hold and that no sample before it has: the sample's own, or what is left of a file's name
+    without its ending, or one with `_` for each dot and a number where it came before.
+
+    `used`: the keys so far, each with the last number that was tried behind it.
+    """
+    for name in (key, key.rpartition(".")[0]) if key.lower().endswith(IMAGE_ENDINGS) else (key,):
+        if name not in used and all(is_fit(name, part) for part in parts):
+            used[name] = 1
+            return name
+    short = printable(key).encode()[:_MAX_KEY].decode(errors="ignore")
+    pieces = (piece.strip() for piece in short.replace("\0", "_").replace(".", "_").split("/"))
+    base = name = "/".join(filter(None, pieces)) or "sample"
+    number = used.get(base, 1)
+    while name in used:
+        number += 1
+        name = f"{base}-{number}"
+    used[base], used[name] = number, 1
+    return name
+
+
+def _without_ppm(parts: dict[str, bytes]) -> dict[str, bytes]:
+    """PNG where PPM was; but where there is PNG, too, both are kept as they are."""
+    if "png" in parts:
+        return parts
+    return {("png" if name == "ppm" else name): (_png(raw) if name == "ppm" else raw) for name, raw in parts.items()}
 
 
 def _png(ppm: bytes) -> bytes:

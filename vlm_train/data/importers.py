@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import reprlib
+import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_train.data.decode import first_image
-from vlm_train.data.records import Errors, Record, read_record, records_of
+from vlm_train.data.local import regular
+from vlm_train.data.records import Errors, Record, caption_problem, failure, is_name, read_record, records_of
 from vlm_train.data.writer import DatasetWriter, Progress, Summary
 from vlm_train.errors import DataError
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Split in `dataset_coco.json` to split on disk: by convention one trains on `train` and `restval` together."""
+
+Kinds = Mapping[str, tuple[type, ...]]
+"""Types that the value of a name may have; that of one which is not there is None."""
+
+_TEXT, _ID = (str,), (int, str)
+_MAYBE_TEXT, _MAYBE_ID = (str, type(None)), (int, str, type(None))
+_SPLIT = re.compile(r"\w[\w-]*")
 
 
 def import_folder(
@@ -47,7 +59,10 @@ def import_folder(
     Raises:
         DataError: no such folder, a table without the columns, two tables, or nothing that can be imported.
     """
-    folder = _existing(Path(folder), "folder")
+    folder = Path(folder)
+    if not 0 <= val_fraction <= 1:
+        raise DataError("a share of the images", got=val_fraction, allowed="from 0 to 1")
+    _require(folder, "folder", os.path.isdir)
     errors: Errors = []
     records = records_of(folder, errors)
     parameters = {"dataset": "folder", "val_fraction": val_fraction}
@@ -77,16 +92,20 @@ def import_coco(
     Raises:
         DataError: a file of another format, an unknown split, or no image that can be imported.
     """
-    path, images_dir = _existing(Path(annotations_json), "annotation file"), _existing(Path(images_dir), "image folder")
+    path, images_dir = Path(annotations_json), Path(images_dir)
+    _require(path, "annotation file", os.path.exists)
+    _require(images_dir, "image folder", os.path.isdir)
+    if split is not None and not _SPLIT.fullmatch(split):
+        raise DataError("a split that cannot be the name of a folder", got=split, allowed="letters, digits, _ and -")
+    errors: Errors = []
     try:
-        document = json.loads(path.read_text("utf-8"))
-        karpathy = "sentences" in document["images"][0]
-        errors: Errors = []
-        if karpathy:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=regular) as file:
+            document = json.load(file)
+        if any("sentences" in row for row in document["images"] if isinstance(row, dict)):
             records = _from_karpathy(document, images_dir, split, errors)
         else:
             records = _from_coco(document, split or "train", errors)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a COCO caption file",
             got=f"{type(error).__name__}: {error}",
@@ -95,44 +114,84 @@ def import_coco(
     return _write(records, errors, images_dir, Path(out), {"dataset": "coco", "split": split}, max_samples, progress)
 
 
-def _existing(path: Path, what: str) -> Path:
-    if not path.exists():
+def _require(path: Path, what: str, is_there: Callable[[Path], bool]) -> None:
+    if not is_there(path):
         raise DataError(f"no such {what}", got=str(path), remedy="check the path")
-    return path
 
 
 def _from_coco(document: Mapping[str, Any], split: str, errors: Errors) -> list[Record]:
-    licenses = {row["id"]: row["name"] for row in document.get("licenses", [])}
-    captions: dict[int, list[str]] = {row["id"]: [] for row in document["images"]}
-    for row in document["annotations"]:
-        if row["image_id"] in captions:
-            captions[row["image_id"]].append(row["caption"])
-        else:
-            errors.append({"file": str(row["image_id"]), "reason": "unknown_image"})
-    records = []
-    for row in document["images"]:
+    named = _rows(document.get("licenses") or [], "licenses", {"id": _ID, "name": _TEXT}, errors)
+    licenses = {row["id"]: row["name"] for row in named}
+    kinds = {"id": _ID, "file_name": _TEXT, "license": _MAYBE_ID, "coco_url": _MAYBE_TEXT, "flickr_url": _MAYBE_TEXT}
+    records: dict[int | str, Record] = {}
+    for row in _images(document, kinds, errors):
+        if row["id"] in records or not is_name(row["file_name"]):
+            detail = "its id came before" if row["id"] in records else "no name of a file"
+            errors.append(failure(row["file_name"], "bad_row", detail))
+            continue
         fields = {"image_id": row["id"], "source": "coco", "license": licenses.get(row.get("license"))}
         fields["url"] = row.get("coco_url") or row.get("flickr_url")
-        records.append(Record(row["file_name"], captions[row["id"]], split, _known(fields)))
-    return records
+        records[row["id"]] = Record(row["file_name"], [], split, _known(fields))
+    for row in _rows(document["annotations"], "annotations", {"image_id": _ID}, errors):
+        if row["image_id"] in records:
+            _take_caption(records[row["image_id"]], row.get("caption"), errors)
+        else:
+            errors.append(failure(str(row["image_id"]), "unknown_image"))
+    return list(records.values())
 
 
 def _from_karpathy(document: Mapping[str, Any], images_dir: Path, split: str | None, errors: Errors) -> list[Record]:
     if split is not None and split not in KARPATHY_SPLITS:
         raise DataError("unknown split", got=split, allowed=", ".join(KARPATHY_SPLITS))
+    kinds: Kinds = {"filename": _TEXT, "split": _TEXT, "sentences": (list,)}
+    kinds = {**kinds, "filepath": _MAYBE_TEXT, "cocoid": _MAYBE_ID, "imgid": _MAYBE_ID}
+    source = document.get("dataset")
+    source = source if isinstance(source, str) else "coco"
     records = []
-    for row in document["images"]:
+    for row in _images(document, kinds, errors):
         if split not in (None, row["split"]):
             continue
-        if row["split"] not in KARPATHY_SPLITS:
-            errors.append({"file": row["filename"], "reason": "unknown_split", "detail": row["split"]})
+        nested = f"{row.get('filepath') or '.'}/{row['filename']}"
+        if not is_name(row["filename"]) or not is_name(nested):
+            errors.append(failure(row["filename"], "bad_row", "no name of a file"))
             continue
-        nested = f"{row.get('filepath', '.')}/{row['filename']}"
-        file = nested if (images_dir / nested).is_file() else row["filename"]
-        fields = {"image_id": row.get("cocoid", row.get("imgid")), "source": document.get("dataset", "coco")}
-        captions = [sentence["raw"] for sentence in row["sentences"]]
-        records.append(Record(file, captions, KARPATHY_SPLITS[row["split"]], _known(fields)))
+        if row["split"] not in KARPATHY_SPLITS:
+            errors.append(failure(row["filename"], "unknown_split", row["split"]))
+            continue
+        file = nested if os.path.isfile(images_dir / nested) else row["filename"]
+        fields = {"image_id": row.get("cocoid", row.get("imgid")), "source": source}
+        record = Record(file, [], KARPATHY_SPLITS[row["split"]], _known(fields))
+        for sentence in row["sentences"]:
+            _take_caption(record, sentence.get("raw") if isinstance(sentence, dict) else None, errors)
+        records.append(record)
     return records
+
+
+def _images(document: Mapping[str, Any], kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
+    images = _rows(document["images"], "images", kinds, errors)
+    if not images:
+        raise ValueError(f"no row of `images` can be used; the first {[error['detail'] for error in errors[:1]]}")
+    return images
+
+
+def _rows(rows: object, name: str, kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
+    """The objects of a list whose values are of the given types; what else it holds is added to `errors`."""
+    if not isinstance(rows, list):
+        raise TypeError(f"`{name}` is a {type(rows).__name__}, not a list")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict) and all(type(row.get(key)) in types for key, types in kinds.items()):
+            found.append(row)
+        else:
+            errors.append(failure(f"{name} {number}", "bad_row", reprlib.repr(row)))
+    return found
+
+
+def _take_caption(record: Record, caption: object, errors: Errors) -> None:
+    if problem := caption_problem(caption):
+        errors.append(failure(record.file, problem, reprlib.repr(caption)))
+    else:
+        record.captions.append(str(caption))
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +215,7 @@ def _write(
         for number, record in enumerate(records):
             parts = read_record(record, folder)
             if isinstance(parts, str):
-                errors.append({"file": record.file, "reason": parts})
+                errors.append(failure(record.file, parts))
             else:
                 split = "val" if _held_out(parts, parameters) else record.split
                 writer.add(split, f"{number:09d}", parts)
@@ -168,7 +227,7 @@ def _write(
         if num_written:
             return writer.finish(num_errors=len(errors), facts={"errors": reasons})
     raise DataError(
-        f"none of the {len(records)} images of {folder} could be imported",
+        f"no image of {folder} could be imported",
         got=reasons or "no image at all",
         allowed="JPEG, PNG or WebP files with a caption each",
         remedy=f"see {out / 'import_errors.jsonl'}",
@@ -184,8 +243,16 @@ def _fingerprint(records: Iterable[Record], errors: Errors, folder: Path) -> str
     """sha256 over what is to be imported: names, captions, fields, and the sizes of the files as they are now."""
     digest = hashlib.sha256()
     for record in records:
-        path = folder / record.file
-        size = path.stat().st_size if path.is_file() else -1
+        size = _size(folder / record.file)
         digest.update(json.dumps([record.file, size, record.split, record.captions, record.fields]).encode())
     digest.update(json.dumps(errors).encode())
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """-1 for what is no file."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return -1
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else -1

@@ -2,12 +2,14 @@
 
 That has no shared position, so descriptors may be used by threads and inherited by a fork. A small least-recently-used
 set of them is kept open per process, because opening is a round trip on a network disk. A file that was replaced under
-its name is opened anew.
+its name is opened anew. What is no regular file is refused: a pipe would be waited for without end.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class LocalFile:
     def stat(self) -> Stat:
         """Size, and the time of the last modification in nanoseconds."""
         facts = os.stat(self.location)
+        _require_regular(facts, self.location)
         return Stat(size=facts.st_size, version=str(facts.st_mtime_ns))
 
     def read(self, offset: int, length: int) -> bytes:
@@ -44,6 +47,38 @@ class LocalFile:
             return [read_fully(descriptor.number, offset, length) for offset, length in ranges]
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.location) from error
+
+
+def regular(path: str, flags: int) -> int:
+    """Opens a regular file; an `opener` for `open`.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)  # or opening a pipe waits for its writer
+    except BlockingIOError:  # a regular file that a server of files has lent to somebody, and takes back meanwhile
+        descriptor = os.open(path, flags)
+    try:
+        _require_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def printable(name: str) -> str:
+    """A text of UTF-8 for a name that may be none: a file's may have any bytes, which Python shows as half surrogate
+    pairs."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _require_regular(facts: os.stat_result, path: str) -> None:
+    if stat.S_ISDIR(facts.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", path)
 
 
 def read_fully(descriptor: int, offset: int, length: int) -> bytes:
@@ -63,7 +98,7 @@ class _Descriptor:
     """An open file, closed when the last thread that uses it lets go."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = regular(path, os.O_RDONLY)
         facts = os.fstat(self.number)
         self.inode = (facts.st_dev, facts.st_ino)
 

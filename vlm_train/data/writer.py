@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vlm_train.data import tar
+from vlm_train.data.local import regular
 from vlm_train.errors import DataError
 from vlm_train.log import get_logger
 
@@ -62,9 +63,14 @@ class ShardWriter:
     """
 
     def __init__(self, directory: Path, *, max_samples: int = 1000) -> None:
+        if max_samples < 1:
+            raise DataError("a shard holds at least one sample", got=max_samples, allowed="1 and more")
         self.directory, self.max_samples = Path(directory), max_samples
-        self.directory.mkdir(parents=True, exist_ok=True)
-        present = sorted(path.name for path in self.directory.iterdir() if SHARD_NAME.fullmatch(path.name))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            present = sorted(name for name in os.listdir(self.directory) if SHARD_NAME.fullmatch(name))
+        except OSError as error:
+            raise DataError(f"{self.directory} cannot be written", got=error, remedy="choose another name") from error
         if present:
             raise DataError(
                 f"{self.directory} already holds shards, and shards are never overwritten",
@@ -174,15 +180,19 @@ class DatasetWriter:
 
     def _finished(self) -> Summary | None:
         path = self.directory / "dataset.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            document = json.loads(path.read_text("utf-8"))
-            found = document["parameters"]
+            with open(path, encoding="utf-8", opener=regular) as file:
+                document = json.load(file)
+            found = {**document["parameters"]}
             shards = [
-                (self.directory / name / row["file"], row) for name, rows in document["splits"].items() for row in rows
+                (f"{self.directory / name / row['file']}", row)
+                for name, rows in document["splits"].items()
+                for row in rows
             ]
-        except (ValueError, KeyError, TypeError) as error:
+            summary = _summary(self.directory, document, already_there=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} is not ours or is damaged ({error!r})", remedy="choose another directory"
             ) from error
@@ -194,24 +204,30 @@ class DatasetWriter:
                 allowed={key: found.get(key) for key in differing},
                 remedy="choose another directory, or remove this one",
             )
-        broken = [str(path) for path, row in shards if not path.is_file() or path.stat().st_size != row["num_bytes"]]
+        broken = [path for path, row in shards if not os.path.isfile(path) or os.stat(path).st_size != row["num_bytes"]]
         if broken:
             raise DataError(
                 "shards of a finished dataset are missing or cut", got=broken[:5], remedy=f"remove {self.directory}"
             )
         log.info("%s is already there, made with the same parameters: nothing to do", self.directory)
-        return _summary(self.directory, document, already_there=True)
+        return summary
 
     def _claim(self) -> IO[str]:
         marker = self.directory / MARKER
-        if self.directory.exists() and not marker.exists() and any(self.directory.iterdir()):
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            present = sorted(os.listdir(self.directory))
+            if present and MARKER not in present:
+                raise DataError(
+                    f"{self.directory} is not empty and holds no dataset of ours",
+                    got=", ".join(present[:5]),
+                    remedy="choose another directory",
+                )
+            lock = open(marker, "w")  # locked for as long as it is open  # noqa: SIM115
+        except OSError as error:
             raise DataError(
-                f"{self.directory} is not empty and holds no dataset of ours",
-                got=", ".join(sorted(path.name for path in self.directory.iterdir())[:5]),
-                remedy="choose another directory",
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lock = open(marker, "w")  # locked for as long as it is open  # noqa: SIM115
+                f"{self.directory} cannot be written", got=error, remedy="choose another directory"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -239,7 +255,7 @@ def _summary(directory: Path, document: Mapping[str, Any], *, already_there: boo
     rows = itertools.chain.from_iterable(document["splits"].values())
     return Summary(
         directory=str(directory),
-        num_samples=document["num_samples"],
+        num_samples={**document["num_samples"]},
         num_bytes=sum(row["num_bytes"] for row in rows),
         num_errors=document["num_errors"],
         facts=document["facts"],
@@ -259,7 +275,8 @@ def write_atomically(path: Path, content: str) -> None:
 
 def to_json(metadata: Mapping[str, Any]) -> bytes:
     """KEY.json of a sample: one line of UTF-8, keys in the order given."""
-    return json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")  # for half a surrogate pair that is what JSON has, too
 
 
 def hash_fraction(text: str) -> float:

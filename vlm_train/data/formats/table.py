@@ -19,6 +19,7 @@ from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File, Stat
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
+from vlm_train.data.local import printable
 from vlm_train.data.records import Errors, Record, image_files, read_record, records_of, table_of
 
 
@@ -42,10 +43,11 @@ class TableFormat:
         for path in files:
             try:
                 stat = os.stat(path)
-            except FileNotFoundError:
+            except OSError:  # indexing says of that sample what is wrong
                 continue
             total += stat.st_size
-            digest.update(f"{path.relative_to(self.folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(path.relative_to(self.folder)))
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
         return Stat(size=total, version=digest.hexdigest()[:32])
 
     def index(self, file: File) -> ShardIndex:
@@ -76,11 +78,12 @@ class TableFormat:
     def _sample(self, line: bytes, uid: bytes) -> Parts | SampleError:
         try:
             record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            parts = read_record(record, self.folder)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not the line that indexing wrote
             return changed(self.folder.name, error)
-        parts = read_record(record, self.folder)
+        key = printable(record.file)
         if isinstance(parts, str):
-            return SampleError(parts, got=record.file)
+            return SampleError(parts, got=key)
         if decode.sample_uid(parts) != uid:
-            return changed(self.folder.name, f"`{record.file}` is not the file that was indexed")
-        return record.file, parts
+            return changed(self.folder.name, f"`{key}` is not the file that was indexed")
+        return key, parts
