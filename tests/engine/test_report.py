@@ -51,7 +51,8 @@ def run(tmp_path: Path) -> RunDirectory:
         append_line(run.history, {"name": "retrieval", "step": step, "num_pairs": 425, "chance": {"R@1": 0.24},
                                   "text_to_image": {"R@1": 3.5 * step}})  # fmt: skip
     append_line(
-        run.data_errors, {"step": 2, "shard": "0.tar", "key": "k", "reason": "image_truncated", "detail": "<x>"}
+        run.data_errors,
+        {"split": "train", "step": 2, "shard": "0.tar", "key": "k", "reason": "image_truncated", "detail": "<x>"},
     )
     for name in ("first_batch", "similarity", "retrieval_grid"):
         Canvas(width=40, height=20).save(run.media / f"{name}.png")
@@ -93,7 +94,7 @@ def test_it_says_what_the_records_say(run: RunDirectory) -> None:
     document = render_report(run)
     for expected in ("finished", "3.64 M", "2 x Some GPU, 8 cores", "torch 9.9", "InfoNCE", "ViT (2 M)", "data/val",
                      "35.00", "0.24", "10 of 32 samples", "0.tar", "image_truncated", "resumed after step 4",
-                     "1 samples could not be used", "60 s"):  # fmt: skip
+                     "1 different samples", "training, replaced", "60 s"):  # fmt: skip
         assert expected in document, expected
     assert "try &lt;one&gt;" in document and "&lt;x&gt;" in document and "<one>" not in document
     assert "Model FLOP utilisation" not in document  # no value was ever known

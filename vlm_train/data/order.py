@@ -205,10 +205,10 @@ class Stream:
         self.epoch_length = {"drop": whole, "wrap": num_kept, "pad_zero_weight": padded}[epoch_end]
         if not self.epoch_length:
             raise DataError(
-                "the data is smaller than one global batch, and `epoch_end: drop` would drop all of it",
+                "the data is smaller than one global batch, and data.epoch_end=drop would drop all of it",
                 got=f"{num_kept} samples, global batch {global_batch}",
                 allowed=f"a global batch of at most {num_kept}",
-                remedy="lower `trainer.global_batch`, or set the stream's `epoch_end=wrap`",
+                remedy="lower trainer.global_batch, or set data.epoch_end=wrap",
             )
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:

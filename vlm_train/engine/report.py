@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
@@ -22,7 +23,6 @@ from vlm_train.locations import in_texts, scrubbed
 
 Rows = list[dict[str, Any]]
 
-_NUM_ERRORS_SHOWN = 5
 _PLACE_COLUMNS = ("step", "samples")
 _TITLES = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "logit_scale": "Scale (1 / temperature)",
@@ -203,10 +203,28 @@ def _data_errors(run: RunDirectory) -> str:
     errors = list(read_lines(run.data_errors))
     if not errors:
         return '<p class="note">No sample was unreadable.</p>'
-    keys = ("step", "shard", "key", "reason", "detail")
-    rows = [[str(error.get(key, "")) for key in keys] for error in errors[:_NUM_ERRORS_SHOWN]]
-    note = f"the first {len(rows)} of {len(errors):,}; all are in data_errors.jsonl"
-    return page.table(f"{len(errors):,} samples could not be used", keys, rows, note)
+    reasons = Counter((_found_when(error), str(error["reason"])) for error in errors)
+    first = {(_found_when(error), str(error["reason"])): error for error in reversed(errors)}
+    rows = [
+        [
+            when,
+            reason,
+            f"{num:,}",
+            *(str(first[when, reason].get(key, "")) for key in ("step", "shard", "key", "detail")),
+        ]
+        for (when, reason), num in reasons.most_common()
+    ]
+    num_samples = len({(error["split"], error["shard"], error["key"]) for error in errors})
+    note = f"{num_samples:,} different samples; a line each time one came up is in data_errors.jsonl"
+    columns = ("when", "reason", "times", "first step", "shard", "key", "detail")
+    return page.table("Samples that could not be used", columns, rows, note)
+
+
+def _found_when(error: Mapping[str, Any]) -> str:
+    """Step 0 stands for the index, as in data_errors.jsonl."""
+    if error["split"] == "val":
+        return "validation"
+    return "index, left out" if error["step"] == 0 else "training, replaced"
 
 
 def _folded_records(config: Mapping[str, Any], events: Rows) -> str:

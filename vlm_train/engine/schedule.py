@@ -16,7 +16,7 @@ class Schedule:
                 "schedule.warmup_steps does not fit the run",
                 got=f"{warmup_steps} of trainer.max_steps={total_steps}",
                 allowed=f"0 to {total_steps}",
-                remedy=f"schedule.warmup_steps={max(total_steps // 20, 0)}",
+                remedy=f"schedule.warmup_steps={total_steps // 4}",
             )
         self.warmup_steps, self.total_steps, self.final = warmup_steps, total_steps, final
 
