@@ -71,7 +71,7 @@ def samples_of(draw):
                 del parts["txt"]
         if draw(st.booleans()):
             parts[draw(st.sampled_from(["cls", "key", "image", "other"]))] = draw(TEXT).encode()
-        found.append((draw(TEXT), parts))
+        found.append((f"{seed}{draw(TEXT)}", parts))
     return found
 
 
@@ -86,6 +86,16 @@ def test_keys_texts_and_jpegs_come_back_byte_for_byte(tmp_path, samples):
     assert not come_back(samples, [(key, {**parts, "txt": b"?"}), *found[1:]])
     assert not come_back(samples, [(key, {**parts, image: encoded(pixels(99))}), *found[1:]])
     assert not come_back(samples, [(key + "x", parts), *found[1:]])
+
+
+@MANY
+@given(keys=st.lists(st.sampled_from(["a", "b", "c", "é"]), min_size=1, max_size=7))
+def test_of_samples_of_one_key_the_first_stays(tmp_path, keys):
+    index, found = read(write(tmp_path / "a.beton", [(key, parts_of(seed)) for seed, key in enumerate(keys)]))
+    first = {key: parts_of(seed) for seed, key in reversed(list(enumerate(keys)))}
+    assert dict(found) == first and len(found) == len(first) == index.num_samples
+    twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+    assert [(error["key"], error["reason"]) for error in index.errors] == [(key, "duplicate_key") for key in twice]
 
 
 def test_a_manifest_row_has_what_a_tar_gives(tmp_path):
@@ -322,6 +332,15 @@ def test_json_text_and_lists_are_captions(tmp_path):
     ]
 
 
+def test_an_object_that_is_nested_ever_deeper_costs_its_sample_alone(tmp_path):
+    """Somewhere between the reader's limit and the writer's."""
+    values = [b'{"captions": ["a"], "x": ' + b"[" * depth + b"]" * depth + b"}" for depth in range(850, 1010)]
+    file = foreign(tmp_path / "a.beton", [("image", RGB), ("x", JSON)], [[JPG, value] for value in values])
+    index = BetonFormat().index(file)
+    assert 0 < index.num_samples < len(values)
+    assert {error["reason"] for error in index.errors} == {"metadata_json"}
+
+
 @MANY
 @given(data=st.data())
 def test_fields_are_found_by_type_and_name_wherever_they_stand(tmp_path, data):
@@ -448,13 +467,14 @@ def test_overlapping_allocations_are_read_as_they_are(whole):
 
 
 def attempt(file, entries):
-    """What indexing says, and what reading the old entries gives; and that neither takes more memory than the file."""
+    """What indexing says, and what reading the old entries gives; and that neither takes more memory than a list of as
+    many errors as there is room for rows in the file."""
     tracemalloc.start()
     try:
         with contextlib.suppress(DataError):
             BetonFormat().index(file)
         found = BetonFormat().read(file, entries)
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        assert tracemalloc.get_traced_memory()[1] < 48 << 20
     finally:
         tracemalloc.stop()
     return found

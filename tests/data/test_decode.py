@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import tracemalloc
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 from data_fixtures import encoded, pixels
 from hostile import saved
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError, decode_captions, decode_metadata, open_image, sample_uid
+from vlm_train.data.formats.base import ShardIndex
 
 
 def reason_of(function, *args, **keys):
@@ -302,6 +304,34 @@ def test_a_label_is_an_integer_of_64_bits():
     assert decode.decode_label({}) is None
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-(1 << 66), 1 << 66) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(label=JSON)
+@example(label=99999999999999999999)
+@example(label=True)
+@example(label=3.0)
+def test_a_label_is_the_same_to_the_manifest_and_to_a_batch_whatever_it_is(label):
+    index = ShardIndex("a.tar")
+    parts = {"jpg": encoded(pixels(0)), "txt": b"a", "json": json.dumps({"label": label}).encode()}
+    index.add(parts, key="k", number=0, offset=0, length=1, parts=[])
+    fits = type(label) is int and -(1 << 63) <= label < 1 << 63
+    assert index.table()["label"].to_pylist() == [label if fits else None]
+    assert decode.decode_label(decode_metadata(parts)) == (label if fits else None)
+
+
+@pytest.mark.parametrize("captions", ["", "one", 0, 1, False, {}, {"a": 1}, [1], ["one", None], [["one"]], 0.0])
+def test_captions_that_are_no_list_of_texts_are_never_passed_over(captions):
+    assert reason_of(decode_captions, {"txt": b"a"}, {"captions": captions}) == "metadata_captions"
+    for nothing in (None, []):
+        assert decode_captions({"txt": b"a"}, {"captions": nothing}) == ["a"]
+
+
 def test_metadata_must_be_an_object():
     assert decode_metadata({}) == {}
     assert decode_metadata({"json": b'{"a": 1}'}) == {"a": 1}
@@ -309,11 +339,40 @@ def test_metadata_must_be_an_object():
         assert reason_of(decode_metadata, {"json": content}) == "metadata_json"
 
 
-def test_the_uid_names_images_and_captions_and_nothing_else():
-    parts = {"jpg": b"a", "txt": b"b", "json": b"{}"}
-    uid = sample_uid(parts)
-    assert len(uid) == 16 and sample_uid({**parts, "json": b'{"x": 1}'}) == uid
-    assert sample_uid({**parts, "txt": b"c"}) != uid != sample_uid({**parts, "jpg": b"c"})
+SOME = st.sampled_from([b"", b"x", b"y", b"xy", b"yx", b"i", b"t", b"m", b"t" + (1).to_bytes(8, "little") + b"x"])
+READ = st.fixed_dictionaries({}, optional=dict.fromkeys(("jpg", "0.png", "1.jpg", "txt", "json"), SOME))
+
+
+@settings(max_examples=500, deadline=None)
+@given(one=READ, two=READ)
+def test_two_samples_have_one_uid_where_all_that_is_read_is_the_same_and_only_there(one, two):
+    def read(parts):
+        return [parts[name] for name in decode.image_parts(parts)], parts.get("txt"), parts.get("json")
+
+    assert (sample_uid(one) == sample_uid(two)) == (read(one) == read(two))
+
+
+def test_no_byte_goes_over_from_one_part_to_the_next():
+    assert sample_uid({"jpg": b"img" + b"xy", "txt": b"z"}) != sample_uid({"jpg": b"img" + b"x", "txt": b"yz"})
+    assert sample_uid({"jpg": b"", "txt": b"bc", "json": b"d"}) != sample_uid({"jpg": b"", "txt": b"b", "json": b"cd"})
+    assert sample_uid({"jpg": b"a", "txt": b"b"}) != sample_uid({"jpg": b"a", "json": b"b"})
+    assert sample_uid({"0.jpg": b"a", "1.jpg": b"b"}) != sample_uid({"0.jpg": b"ab"})
+
+
+def test_the_uid_is_what_the_documentation_says():
+    framed = b"".join(role + len(part).to_bytes(8, "little") + part for role, part in ((b"i", b"one"), (b"i", b"two")))
+    framed += b"t" + (1).to_bytes(8, "little") + b"c" + b"m" + (2).to_bytes(8, "little") + b"{}"
+    parts = {"json": b"{}", "1.jpg": b"two", "txt": b"c", "0.jpg": b"one", "cls": b"what nobody reads"}
+    assert sample_uid(parts) == hashlib.sha256(framed).digest()[:16]
+
+
+def test_the_hash_of_the_images_is_of_them_alone():
+    one, other = {"jpg": b"a", "txt": b"b"}, {"jpg": b"a", "txt": b"c", "json": b"{}"}
+    (uid, images), (other_uid, other_images) = map(decode.sample_hashes, (one, other))
+    assert uid != other_uid and images == other_images != decode.sample_hashes({**one, "jpg": b"b"})[1]
+
+
+def test_the_order_of_images_is_that_of_their_numbers():
     assert sample_uid({"1.jpg": b"a", "0.jpg": b"b", "txt": b"c"}) == sample_uid(
         {"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"}
     )
@@ -321,6 +380,8 @@ def test_the_uid_names_images_and_captions_and_nothing_else():
         {"0.jpg": b"b", "1.jpg": b"a", "txt": b"c"}
     )
     assert decode.image_parts({"10.jpg": b"", "2.png": b"", "jpg": b"", "seg.png": b""}) == ["jpg", "2.png", "10.jpg"]
+    no_images = {"jpg\n": b"", "9" * 5000 + ".jpg": b"", "٣.jpg": b"", ".jpg": b"", "-1.jpg": b"", "xjpg": b""}
+    assert decode.image_parts(no_images) == []
 
 
 @settings(max_examples=150, deadline=None)

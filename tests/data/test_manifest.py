@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from data_fixtures import encoded, members_of, pixels, write_dataset, write_tar
 
-from vlm_train.data import decode, indexing
+from vlm_train.data import decode, home, indexing
 from vlm_train.data.decode import sample_uid
 from vlm_train.data.formats.base import ENTRY, SCHEMA
 from vlm_train.data.indexing import FOLDER, index_shard, open_manifest
+from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 
 
@@ -131,6 +133,88 @@ def test_columns_of_other_tools_are_kept(tmp_path):
     assert open_manifest(str(tmp_path)).table()["clip_score"].to_pylist() == [None, 0.4, 0.2]
 
 
+def test_a_change_of_any_part_that_is_read_is_a_change_of_the_manifest(tmp_path):
+    """Also of KEY.json where there is a KEY.txt, too."""
+    members = [member for seed in range(2) for member in members_of(f"k{seed}", seed)]
+    versions = [members]
+    for number, (name, content) in enumerate(members):
+        other = content.replace(b'"label": ', b'"label": 1') if name.endswith("json") else content + b"!"
+        versions.append([*members[:number], (name, other), *members[number + 1 :]])
+    versions.append([*members[:2], ("k0.json", members[5][1]), *members[3:5], ("k1.json", members[2][1])])
+    fingerprints = []
+    for number, version in enumerate(versions):
+        write_tar(tmp_path / f"{number}" / "a.tar", version)
+        fingerprints.append(open_manifest(str(tmp_path / f"{number}")).fingerprint)
+    assert len(set(fingerprints)) == len(versions) == 8
+
+
+def as_of_version_2(folder):
+    """What the manifest of a folder was before uids covered KEY.json: entries of other keys, and other uids."""
+    part = open_manifest(str(folder)).parts[0]
+    root = json.loads((folder / FOLDER / "root.json").read_text())
+    kept = ("size", "version", "start", "num_samples", "content", "num_errors", "ignored")
+    for entry in root["shards"].values():
+        old = {name: entry[name] for name in kept}
+        entry.clear()
+        entry.update(old, part=part.name, part_sha256="0" * 64, records=None)
+    (folder / FOLDER / "root.json").write_text(json.dumps({**root, "version": 2}))
+    table = pq.read_table(part).drop_columns("image_hash")
+    uids = pa.array([hashlib.sha256(uid).digest()[:16] for uid in table["uid"].to_pylist()], pa.binary(16))
+    table = table.set_column(0, "uid", uids).append_column("clip_score", pa.array([0.1, 0.2, 0.3, 0.4]))
+    pq.write_table(table, part)
+
+
+def test_a_manifest_of_another_version_is_made_anew_and_columns_of_other_tools_stay(tmp_path):
+    write_dataset(tmp_path, (4,))
+    fingerprint = open_manifest(str(tmp_path)).fingerprint
+    as_of_version_2(tmp_path)
+    manifest = open_manifest(str(tmp_path))
+    assert manifest.fingerprint == fingerprint
+    assert manifest.table().column_names == [*SCHEMA.names, "clip_score"]
+    assert manifest.table()["clip_score"].to_pylist() == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_nothing_is_carried_from_another_version_to_a_shard_that_changed(tmp_path):
+    write_dataset(tmp_path, (4,))
+    as_of_version_2(tmp_path)
+    write_tar(tmp_path / "00000.tar", [member for i in range(4) for member in members_of(f"00000{i}", i + 10)])
+    assert open_manifest(str(tmp_path)).table()["clip_score"].to_pylist() == [None] * 4
+
+
+def names(shard):
+    return [path.name for path in (shard.parent / FOLDER).iterdir()]
+
+
+@pytest.mark.parametrize("name", ["x" * 238, "x" * 251, "é" * 125, "\U0001f600" * 62, "a" + "é" * 120])
+def test_a_long_name_of_a_shard_fits_and_stays_readable(tmp_path, name):
+    shard = tmp_path / f"{name}.tar"
+    write_tar(tmp_path / "short.tar", [*members_of("a", 1), *members_of("bad", 2, caption=b"\xff")]).rename(shard)
+    first = open_manifest(str(shard))
+    assert first.errors() == [{"shard": shard.name, "key": "bad", "reason": "caption_utf8"}]
+    assert all(len(name.encode()) < 220 for name in names(shard))
+    assert first.parts[0].name.startswith(shard.name[:40]) and first.parts[0].name.encode().decode("utf-8")
+    before = contents(tmp_path)
+    assert open_manifest(str(shard)).fingerprint == first.fingerprint and contents(tmp_path) == before
+
+
+def test_names_that_begin_alike_are_kept_apart(tmp_path):
+    long = ["x" * 230 + end for end in ("a.tar", "b.tar")]
+    for seed, name in enumerate(long):
+        write_tar(tmp_path / name, members_of(f"k{seed}", seed))
+    assert open_manifest(str(tmp_path)).table(["key"])["key"].to_pylist() == ["k0", "k1"]
+    urls = [f"https://host/{name}" for name in ("a_b.tar", "a%2Fb.tar", "a_b.tar?x=1", "a_b.tar?x=2", "a%00b.tar")]
+    assert len({home.name_in(url) for url in [*urls, *(f"/d/{name}" for name in long)]}) == 7
+    assert home.name_in(urls[0]) == "a_b.tar"
+
+
+def test_a_name_that_is_no_text_is_no_reason_to_fail(tmp_path):
+    shard = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9.tar")
+    os.rename(write_tar(tmp_path / "a.tar", [*members_of("a", 1), *members_of("bad", 2, caption=b"\xff")]), shard)
+    manifest = open_manifest(shard)
+    assert manifest.table()["shard"].to_pylist() == ["caf\\udce9.tar"] == [manifest.errors()[0]["shard"]]
+    assert ShardSource(shards=shard).locate(0) == ("caf\\udce9.tar", "a")
+
+
 def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_dataset(tmp_path / "data", (3,))
@@ -179,12 +263,17 @@ def test_root_json_says_what_it_must(tmp_path):
     manifest = open_manifest(str(tmp_path))
     root = json.loads((tmp_path / FOLDER / "root.json").read_text())
     entry, stat = root["shards"]["00000.tar"], (tmp_path / "00000.tar").stat()
-    assert root["version"] == 2 and entry["part"] == manifest.parts[0].name == "00000.tar.parquet"
+    assert root["version"] == 3 and manifest.parts[0].name == "00000.tar.parquet"
     assert (entry["size"], entry["version"], entry["num_samples"]) == (stat.st_size, str(stat.st_mtime_ns), 2)
+    part = manifest.parts[0].read_bytes()
+    assert entry["files"] == {"parquet": {"size": len(part), "sha256": hashlib.sha256(part).hexdigest()}}
+    index = (tmp_path / FOLDER / "index.bin").read_bytes()
+    assert entry["index_sha256"] == hashlib.sha256(index).hexdigest()
+    assert entry["content"] == hashlib.sha256(manifest.uids().tobytes()).hexdigest()
 
 
 def test_an_index_that_is_mostly_of_old_shards_is_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "_COMPACT_ABOVE", 0)
+    monkeypatch.setattr(home, "_COMPACT_ABOVE", 0)
     write_dataset(tmp_path, (4, 3))
     old = open_manifest(str(tmp_path))
     for seed in range(3):

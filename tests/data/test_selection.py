@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlm_train.data.cumulative import UNIT, Bits, Weights
@@ -282,3 +282,39 @@ def test_other_content_has_another_fingerprint():
     ]
     prints = {selection.fingerprint for selection in selections}
     assert len(prints) == 6 and Selection.all(70).fingerprint in prints
+
+
+NO_FILES = [b"[" * 100_000, b"PK\3\4" + bytes(40), b"null", b"{}", b"9" * 9999]
+ODD = st.sampled_from([None, {}, [], -1, True, 1.5, 10**30, "x", "", [1], {"a": 1}])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_gives_another_selection_or_anything_but_an_error_of_ours(tmp_path, data):
+    if data.draw(st.booleans(), label="weights"):
+        made = Selection.from_weights(np.arange(200) % 3, manifest="abc")
+    else:
+        made = Selection.from_mask(np.arange(200) % 3 > 0, manifest="abc")
+    made.save(tmp_path)
+    provenance = tmp_path / "provenance.json"
+    path = data.draw(st.sampled_from([provenance, tmp_path / made.content.file_name]))
+    how = data.draw(st.sampled_from(["flip", "cut", "fill", "other"]))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if how == "flip":
+        content[place] = data.draw(st.integers(0, 255))
+    elif how == "cut":
+        del content[place:]
+    elif how == "fill":
+        content = bytearray(data.draw(st.sampled_from(NO_FILES)))
+    elif path == provenance:
+        facts = json.loads(content)
+        name = data.draw(st.sampled_from(sorted(facts)))
+        content = bytearray(json.dumps({**facts, name: data.draw(ODD)}).encode())
+    path.write_bytes(content)
+    try:
+        found = Selection.load(tmp_path, "abc")
+        found.verify()
+    except DataError:
+        return
+    assert found.fingerprint == made.fingerprint and np.array_equal(found.kept(0, 200), made.kept(0, 200))

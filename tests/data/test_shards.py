@@ -4,11 +4,17 @@ import os
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from data_fixtures import members_of, write_dataset, write_tar
+from data_fixtures import loader_of, members_of, write_dataset, write_tar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vlm_train.data import local
 from vlm_train.data.decode import SampleError
+from vlm_train.data.indexing import open_manifest
+from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 
@@ -49,6 +55,78 @@ def test_a_shard_that_vanished_costs_its_samples_alone_and_they_are_named(tmp_pa
     assert [error.reason for error in lost] == ["shard_unreadable"] * 2 and "00000.tar" in lost[0].detail
     assert whole.key == "010004"
     assert source.locate(1) == ("00000.tar", "000001")
+
+
+def put_in_its_place(path, members):
+    """Another shard under the same name, as a download that is repeated puts it there."""
+    os.replace(write_tar(path.with_suffix(".new"), members), path)
+
+
+@pytest.mark.parametrize("num_samples", [1, 5], ids=["shorter", "longer"])
+def test_a_shard_that_is_replaced_and_indexed_anew_meanwhile_is_convicted_and_not_named_by_other_keys(
+    tmp_path, num_samples
+):
+    source = ShardSource(shards=str(write_dataset(tmp_path, (3, 2))))
+    put_in_its_place(
+        tmp_path / "00000.tar", [member for i in range(num_samples) for member in members_of(f"new{i}", 40 + i)]
+    )
+    assert len(open_manifest(str(tmp_path))) == num_samples + 2  # `vlm-train data index` by somebody else
+    *lost, whole = source.read(np.array([0, 2, 3]))
+    assert [error.reason for error in lost] == ["shard_changed"] * 2 and whole.key == "010003"
+    assert [source.locate(row) for row in range(5)] == [("00000.tar", "")] * 3 + [
+        ("00001.tar", "010003"),
+        ("00001.tar", "010004"),
+    ]
+
+
+def test_a_run_goes_on_when_a_shard_is_replaced_and_indexed_anew(tmp_path):
+    source = ShardSource(shards=str(write_dataset(tmp_path, (8, 20))))
+    loader = loader_of(source, Selection.all(28), num_steps=3)
+    batches = iter(loader)
+    before = next(batches)["errors"]
+    put_in_its_place(tmp_path / "00000.tar", members_of("new", 40))
+    open_manifest(str(tmp_path))
+    later = [error for batch in batches for error in batch["errors"]]
+    assert not before and {(error["shard"], error["key"], error["reason"]) for error in later} == {
+        ("00000.tar", "", "shard_changed")
+    }
+    assert all(error["replaced_by"] >= 8 for error in later)
+
+
+def test_a_shard_that_was_only_touched_and_indexed_anew_is_named_on(tmp_path):
+    source = ShardSource(shards=str(write_dataset(tmp_path, (3,))))
+    os.utime(tmp_path / "00000.tar", ns=(0, 0))
+    open_manifest(str(tmp_path))
+    part = source.manifest.parts[0]
+    pq.write_table(pq.read_table(part).append_column("score", pa.array([1, 2, 3])), part)  # nor does curation matter
+    assert source.locate(1) == ("00000.tar", "000001")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_no_byte_of_a_part_changes_unnoticed(tmp_path, data):
+    path = tmp_path / "a.tar"
+    members = [member for seed in range(2) for member in members_of(f"k{seed}", seed)]
+    write_tar(path, members)
+    source = ShardSource(shards=str(path))
+    content = bytearray(path.read_bytes())
+    part = data.draw(st.sampled_from(source.manifest.table().to_pylist()[1]["parts"]))
+    content[part["offset"] + data.draw(st.integers(0, part["size"] - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    good, bad = source.read(np.arange(2))
+    assert good.key == "k0" and isinstance(bad, SampleError) and bad.reason == "shard_changed"
+
+
+def test_captions_of_the_metadata_that_change_places_are_noticed(tmp_path):
+    """Where there is a KEY.txt, too; headers and lengths stay what they were."""
+    members = [m for seed in range(2) for m in members_of("ab"[seed], seed, metadata={"captions": [f"caption {seed}"]})]
+    path = write_tar(tmp_path / "a.tar", members)
+    source = ShardSource(shards=str(path))
+    content = path.read_bytes()
+    one, two = members[2][1], members[5][1]
+    path.write_bytes(content.replace(one, b"?" * len(one)).replace(two, one).replace(b"?" * len(one), two))
+    assert [sample.reason for sample in source.read(np.arange(2))] == ["shard_changed"] * 2
+    assert ShardSource(shards=str(path)).fingerprint != source.fingerprint
 
 
 def test_one_bad_place_of_a_disk_costs_one_sample(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def made(tmp_path):
 def test_numbers_are_those_of_the_data(tmp_path):
     found = made(tmp_path)
     assert (found.num_samples, found.num_shards, found.num_labelled) == (5, 1, 4)
-    assert found.num_distinct == 4 and found.num_distinct_captions == 4
+    assert found.num_distinct == 4 and found.num_distinct_captions == 4  # a and e, though their KEY.json differ
     assert found.formats == {"jpg": 4, "png": 1}
     assert found.left_out == {"image_unknown": 1} and found.ignored == {"pickle": 1}
     assert found.error_rate == 1 / 6

@@ -1,5 +1,7 @@
 """Whatever is wrong with shards is found, by name, by the mode that promises to find it."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from vlm_train.data import verify as verify_module
+from vlm_train.data.formats.base import ENTRY
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.verify import highest_rate, verify
@@ -58,6 +62,45 @@ def test_a_changed_manifest_is_found_by_fast(tmp_path):
     assert found(verify(str(tmp_path))) == [("00000.tar", "", "index_changed"), ("00001.tar", "", "part_changed")]
     full = verify(str(tmp_path), mode="full", num_workers=1)
     assert ("00000.tar", "000002", "shard_changed") in found(full)
+
+
+@pytest.mark.parametrize("name", ["uid", "offset", "length", "number"])
+def test_a_flipped_bit_of_the_index_is_found_by_fast_wherever_it_is(tmp_path, name):
+    write_dataset(tmp_path, (4, 3))
+    verify(str(tmp_path))
+    index = np.memmap(tmp_path / "_manifest" / "index.bin", ENTRY, mode="r+")
+    raw = index[name].copy()
+    raw.view(np.uint8).reshape(7, -1)[5, -1] ^= 0x80
+    index[name] = raw
+    index.flush()
+    (problem,) = verify(str(tmp_path)).problems
+    assert (problem.shard, problem.key, problem.reason) == ("00001.tar", "", "index_changed")
+    assert "index.bin" in problem.detail and "remove it" in problem.detail
+    full = found(verify(str(tmp_path), mode="full", num_workers=1))
+    assert ("00001.tar", "", "index_changed") in full and len(full) == 1 + (name != "number")
+    (tmp_path / "_manifest" / "index.bin").unlink()
+    assert found(verify(str(tmp_path), mode="full", num_workers=1)) == []
+
+
+def test_captions_that_changed_behind_the_manifests_back_are_found_by_full(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [m for seed in range(3) for m in members_of(f"k{seed}", seed)])
+    verify(str(tmp_path))
+    facts = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"caption": "picture 1"', b'"caption": "picture 7"'))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert found(verify(str(tmp_path), mode="full", num_workers=1)) == [("a.tar", "k1", "shard_changed")]
+
+
+def test_a_shard_that_is_replaced_while_it_is_verified_is_a_problem(tmp_path, monkeypatch):
+    write_dataset(tmp_path, (4, 3))
+    whole = verify_module._chunks
+
+    def chunks(*args):
+        yield from whole(*args)
+        write_tar(tmp_path / "00000.tar", members_of("new", 50))
+
+    monkeypatch.setattr(verify_module, "_chunks", chunks)
+    assert set(found(verify(str(tmp_path), mode="full", num_workers=1))) == {("00000.tar", "", "shard_changed")}
 
 
 def test_a_share_is_drawn_by_hash_and_bounds_the_rate(tmp_path):

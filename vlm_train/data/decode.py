@@ -18,7 +18,8 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from vlm_train.data.exif import orientation_of, upright
 from vlm_train.errors import DataError
 
 MAX_PIXELS = 1 << 26  # 8,192 x 8,192: above it a small file can ask for gigabytes
@@ -33,9 +35,8 @@ MAX_SCANS = 256  # a progressive JPEG has about ten; thousands of empty ones kee
 MAX_CAPTION_CHARS = 4096  # several times the longest context of any text tower; the rest could never be seen
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_IMAGE_PART = re.compile(r"^(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp|ppm)$")
+_IMAGE_PART = re.compile(r"(?:([0-9]{1,18})\.)?(?:jpg|jpeg|png|webp|gif|bmp|ppm)")
 _PPM_HEADER = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
-_ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8"
 _BASELINE = (0xC0, 0xC1)  # start of a sequential frame: where its one scan has all components, there is no other
 
@@ -84,7 +85,8 @@ class EncodedImage:
             if self.pillow is not None:
                 if self.data[:2] == _JPEG:  # for its errors alone: Pillow fills what is missing with grey
                     simplejpeg.decode_jpeg(self.data, colorspace="CMYK", min_height=1, min_width=1, min_factor=8)
-                return _orient(_rgb(self.pillow), self.orientation)
+                with _quiet_pillow():
+                    return upright(_rgb(self.pillow), self.orientation)
             factor = next((f for f in (8, 4, 2) if self.width >= f * min_width and self.height >= f * min_height), 1)
             factor = factor if min_width > 0 and min_height > 0 else 1
             width, height = -(-self.width // factor), -(-self.height // factor)
@@ -92,7 +94,7 @@ class EncodedImage:
                 width, height = height, width
             size = {"min_height": height, "min_width": width, "min_factor": factor}
             pixels = simplejpeg.decode_jpeg(self.data, fastdct=fast, fastupsample=fast, **size)
-            return _orient(pixels, self.orientation)
+            return upright(pixels, self.orientation)
         except Exception as error:  # decoders raise whatever they like on hostile bytes; each is one bad sample
             truncated = re.search("truncated|premature", str(error), re.IGNORECASE)
             raise SampleError("image_truncated" if truncated else "image_corrupt", got=error) from None
@@ -116,14 +118,14 @@ def open_image(data: bytes) -> EncodedImage:
         width, height = pillow.size
     exif = _jpeg_exif(data) if pillow is None or data[:2] == _JPEG else pillow.info.get("exif")
     _check_size(width, height)
-    orientation = _orientation(exif)
+    orientation = orientation_of(exif)
     width, height = (height, width) if orientation > 4 else (width, height)
     return EncodedImage(width, height, orientation, data, pillow)
 
 
 def image_parts(parts: Mapping[str, bytes]) -> list[str]:
     """Names of a sample's image parts in order: `jpg` before `0.jpg` before `1.jpg`. Empty when it has none."""
-    found = [(int(match[1] or -1), name) for name in parts if (match := _IMAGE_PART.match(name))]
+    found = [(int(match[1] or -1), name) for name in parts if (match := _IMAGE_PART.fullmatch(name))]
     return [name for _, name in sorted(found)]
 
 
@@ -164,7 +166,8 @@ def decode_captions(parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> 
     Raises:
         SampleError: caption_utf8, metadata_captions or no_caption.
     """
-    listed = metadata.get("captions") or []
+    listed = metadata.get("captions")
+    listed = [] if listed is None else listed
     if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
         raise SampleError("metadata_captions", got=str(listed)[:80], allowed="a list of strings")
     single = metadata.get("caption")
@@ -190,18 +193,27 @@ def decode_label(metadata: Mapping[str, Any]) -> int | None:
 
 
 def sample_uid(parts: Mapping[str, bytes]) -> bytes:
-    """16 bytes: the first 128 bits of sha256(all images in order + KEY.txt, or the captions of KEY.json, one a line).
+    """16 bytes that name the content, so they survive resharding and convict a shard that changed after it was indexed.
+    See `sample_hashes`."""
+    return sample_hashes(parts)[0]
 
-    It names the content, so it survives resharding, and it convicts a shard that changed after it was indexed.
+
+def sample_hashes(parts: Mapping[str, bytes]) -> tuple[bytes, int]:
+    """(uid, 64-bit hash of the images) of a sample.
+
+    The uid is the first 128 bits of sha256 over the images in order, KEY.txt and KEY.json, each behind its role (one
+    letter) and its length (8 bytes), so that no byte can go over from one part to the next unnoticed. That is all that
+    is ever read of a sample.
     """
     digest = hashlib.sha256()
     for name in image_parts(parts):
+        digest.update(b"i" + len(parts[name]).to_bytes(8, "little"))
         digest.update(parts[name])
-    if "txt" in parts:
-        digest.update(parts["txt"])
-    else:
-        digest.update("\n".join(decode_captions(parts, decode_metadata(parts))).encode())
-    return digest.digest()[:16]
+    images = digest.digest()
+    for role, name in ((b"t", "txt"), (b"m", "json")):
+        if name in parts:
+            digest.update(role + len(parts[name]).to_bytes(8, "little") + parts[name])
+    return digest.digest()[:16], int.from_bytes(images[:8], "little")
 
 
 def caption_hash(caption: str) -> int:
@@ -254,37 +266,23 @@ def _raw(data: bytes, start: int, width: int, height: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(height, width, 3)
 
 
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow warns of sizes, for which our own limit is lower, and of metadata that it cannot read and nobody needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
 def _open_pillow(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        with _quiet_pillow():
             return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise SampleError("image_too_large", got=error) from None
     except Exception as error:
         raise SampleError("image_unknown", got=error) from None
-
-
-def _orientation(exif: bytes | None) -> int:
-    """EXIF orientation 1..8; 1 where there is none or it cannot be read, as viewers do."""
-    if not exif:
-        return 1
-    try:
-        tags = Image.Exif()
-        tags.load(exif)
-        value = tags.get(_ORIENTATION, 1)
-    except Exception:
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rows and columns as the EXIF orientation says (TIFF 6.0, tag 274)."""
-    if orientation == 1:
-        return pixels
-    pixels = pixels.swapaxes(0, 1) if orientation > 4 else pixels
-    down, right = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}[orientation]
-    return np.ascontiguousarray(pixels[::down, ::right])
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

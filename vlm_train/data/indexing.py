@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,12 +25,13 @@ import pyarrow.parquet as pq
 from vlm_train.assets import cache_dir
 from vlm_train.data.files import StorageOptions
 from vlm_train.data.formats import base, choose
-from vlm_train.data.manifest import INDEX, ROOT, VERSION, Entry, Home, Manifest
+from vlm_train.data.home import ENDINGS, INDEX, Entry, Home, append, file_in, name_in, write_whole
+from vlm_train.data.manifest import Manifest
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.storage import Stat, open_file, stat_files
 from vlm_train.errors import DataError
-from vlm_train.locations import identity, is_remote, name_of, shown
+from vlm_train.locations import identity, is_remote, shown
 from vlm_train.log import get_logger
 
 log = get_logger(__name__)
@@ -41,8 +42,6 @@ Progress = Callable[[int, int], None]
 
 _BYTES_PER_WORKER = 1 << 26  # a process is started for what takes it seconds to index, not for less
 _ROOT_EVERY = 2.0  # seconds between two writings of root.json, which is rewritten whole
-_MAGIC = b"PAR1"
-_COMPACT_ABOVE = 1 << 20  # bytes of index.bin below which nothing is won by making it anew
 
 
 def open_manifest(
@@ -60,7 +59,7 @@ def open_manifest(
     homes: dict[str, tuple[Home, str]] = {}
     for folder, members in by_folder.items():
         home = _up_to_date(folder, members, progress, options)
-        homes |= {shard: (home, _name(shard)) for shard in members}
+        homes |= {shard: (home, name_in(shard)) for shard in members}
     return Manifest(shards=shards, homes=[homes[shard] for shard in shards])
 
 
@@ -84,27 +83,39 @@ def _folder(shard: str) -> str:
     return shard if not is_remote(shard) and os.path.isdir(shard) else identity(shard).rpartition("/")[0]
 
 
-def _name(shard: str) -> str:
-    """What the shard is called in its folder's manifest; fit for the name of a file."""
-    name = name_of(shard).replace("/", "_").replace("\0", "_")
-    query = identity(shard).partition("?")[2] if is_remote(shard) else ""
-    return f"{name}-{hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else name
-
-
 def _up_to_date(folder: str, shards: list[str], progress: Progress | None, options: StorageOptions | None) -> Home:
-    """The manifest of a folder after indexing what is new or changed."""
+    """The manifest of a folder after indexing what is new, changed or damaged."""
     stats = _stats(shards, options)
     for path in _candidates(folder):
         home = Home.load(path)
-        if home.entries and not _stale(home, stats):
+        if not home.stale(stats):
             return home
     path = _writable(folder)
-    with _lock(path):
-        home = Home.load(path)
-        stale = _stale(home, stats)
-        if stale:
-            _index(home, {shard: stats[shard] for shard in stale}, progress or (lambda done, total: None), options)
+    try:
+        with _lock(path):
+            home = _made_current(path, stats, progress or (lambda done, total: None), options)
+    except OSError as error:
+        raise DataError(
+            f"the manifest of `{shown(folder)}` cannot be written",
+            got=error,
+            allowed=f"room and the right to write in `{path}`",
+            remedy="make room there, or remove what is in the way",
+        ) from error
+    if home.stale(stats):
+        raise DataError(f"the manifest in `{path}` cannot be read back", remedy="remove it: it is made again")
+    return home
+
+
+def _made_current(path: Path, stats: dict[str, Stat], progress: Progress, options: StorageOptions | None) -> Home:
+    home = Home.load(path)
+    stale = home.stale(stats)
+    if not stale:
         return home
+    if damage := [*home.damage, *filter(None, stale.values())]:
+        found = f"{damage[0]} and {len(damage) - 1} more" if damage[1:] else damage[0]
+        log.warning("the manifest in `%s` is damaged (%s): that is made again", path, found)
+    _index(home, {shard: stats[shard] for shard in stale}, progress, options)
+    return Home.load(path)
 
 
 def _stats(shards: list[str], options: StorageOptions | None) -> dict[str, Stat]:
@@ -118,91 +129,30 @@ def _stats(shards: list[str], options: StorageOptions | None) -> dict[str, Stat]
         raise DataError("a shard cannot be read", got=error, remedy="check the path") from error
 
 
-def _stale(home: Home, stats: dict[str, Stat]) -> list[str]:
-    index = home.path / INDEX
-    num_entries = index.stat().st_size // base.ENTRY.itemsize if index.is_file() else 0
-
-    def current(shard: str, stat: Stat) -> bool:
-        entry = home.entries.get(_name(shard))
-        if entry is None or (entry["size"], entry["version"]) != (stat.size, stat.version):
-            return False
-        return entry["start"] + entry["num_samples"] <= num_entries and _is_parquet(home.path / entry["part"])
-
-    return [shard for shard, stat in stats.items() if not current(shard, stat)]
-
-
-def _is_parquet(part: Path) -> bool:
-    """Whether a part is there and not cut off; what it holds is for `verify` to check."""
-    try:
-        with open(part, "rb") as file:
-            file.seek(-len(_MAGIC), os.SEEK_END)
-            return file.read() == _MAGIC
-    except OSError:
-        return False
-
-
 def _index(home: Home, stats: dict[str, Stat], progress: Progress, options: StorageOptions | None) -> None:
     """Indexes shards, in processes where there is much to do, and commits their entries to `home` as they come."""
-    stale = list(stats)
     total = sum(stat.size for stat in stats.values())
     num_workers = min(len(os.sched_getaffinity(0)), 1 + total // _BYTES_PER_WORKER)
+    for scratch in home.path.glob(".*.tmp"):  # of a process that was killed
+        scratch.unlink()
+    stale = [(shard, home.former.get(name_in(shard)) == (stat.size, stat.version)) for shard, stat in stats.items()]
     made = map_in_processes(partial(_write_part, home.path, options), stale, num_workers=num_workers, chunk_size=1)
     with open(home.path / INDEX, "ab") as index:
         try:
             done, written = 0, time.monotonic()
-            for shard, (entry, records) in zip(stale, made, strict=True):
-                start, stat = _append(index, records), stats[shard]
-                home.entries[_name(shard)] = {**entry, "start": start, "size": stat.size, "version": stat.version}
+            for (shard, stat), (entry, records) in zip(stats.items(), made, strict=True):
+                start = append(index, records)
+                home.entries[name_in(shard)] = {**entry, "start": start, "size": stat.size, "version": stat.version}
                 done += stat.size
                 progress(done >> 20, total >> 20)
-                written = _commit(home, index) if time.monotonic() - written > _ROOT_EVERY else written
+                written = home.commit(index) if time.monotonic() - written > _ROOT_EVERY else written
         finally:
-            _commit(home, index)
-    _compact(home)
-
-
-def _append(index: BinaryIO, records: bytes) -> int:
-    """Adds records; returns the number of the first."""
-    start = index.tell() // base.ENTRY.itemsize
-    index.truncate(start * base.ENTRY.itemsize)  # what a killed process wrote of a record
-    index.write(records)
-    return start
-
-
-def _commit(home: Home, index: BinaryIO) -> float:
-    """Makes the records durable, then the root that points to them; returns when."""
-    index.flush()
-    os.fsync(index.fileno())
-    _write_root(home)
-    return time.monotonic()
-
-
-def _write_root(home: Home) -> None:
-    content = json.dumps({"version": VERSION, "shards": home.entries}, indent=1, sort_keys=True)
-    _write(home.path / ROOT, content.encode())
-
-
-def _compact(home: Home) -> None:
-    """Makes index.bin anew when more than half of it belongs to no shard. Who mapped the old one keeps it."""
-    size = base.ENTRY.itemsize
-    content = (home.path / INDEX).read_bytes() if (home.path / INDEX).stat().st_size > _COMPACT_ABOVE else b""
-    used = sum(entry["num_samples"] for entry in home.entries.values()) * size
-    if len(content) <= 2 * used:
-        return
-    records = b""
-    for entry in home.entries.values():
-        start = entry["start"] * size
-        entry["start"] = len(records) // size
-        records += content[start : start + entry["num_samples"] * size]
-    (home.path / ROOT).unlink()  # no root may point into the other index
-    _write(home.path / INDEX, records)
-    _write(
-        home.path / ROOT, json.dumps({"version": VERSION, "shards": home.entries}, indent=1, sort_keys=True).encode()
-    )
+            home.commit(index)
+    home.compact()
 
 
 def _cache(folder: str) -> Path:
-    name = hashlib.sha256(folder.encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     return cache_dir() / "manifests" / name
 
 
@@ -220,7 +170,7 @@ def _writable(folder: str) -> Path:
             if os.access(path, os.W_OK):
                 return path
     raise DataError(
-        f"the manifest of `{folder}` cannot be written",
+        f"the manifest of `{shown(folder)}` cannot be written",
         got=f"none of {', '.join(map(str, _candidates(folder)))} is writable",
         remedy="set VLM_TRAIN_CACHE to a folder that you may write",
     )
@@ -237,53 +187,59 @@ def _lock(home: Path) -> Iterator[None]:
         yield  # closing the file lets go of the lock
 
 
-def _write_part(home: Path, options: StorageOptions | None, shard: str) -> tuple[Entry, bytes]:
-    """Indexes a shard and writes its part; returns its entry, without what the caller knows, and its records."""
+def _write_part(home: Path, options: StorageOptions | None, item: tuple[str, bool]) -> tuple[Entry, bytes]:
+    """Indexes a shard and writes its files; returns its entry, without what the caller knows, and its records. `item`:
+    the shard, and whether its part is that of the same bytes by another version, which may have had other uids."""
+    shard, is_former = item
     index = index_shard(shard, options)
-    part = home / f"{_name(shard)}.parquet"
-    table = _keep_columns(index.table(), part)
+    part = file_in(home, name_in(shard), "parquet")
+    table = _keep_columns(index.table(), part, ["key", "width", "height", "caption_hash"] if is_former else ["uid"])
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
-    _write(part, content)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    files = {"parquet": sink.getvalue().to_pybytes()}
     if index.errors:
-        _write(part.with_suffix(".errors"), "".join(json.dumps(error) + "\n" for error in index.errors).encode())
+        files["errors"] = "".join(json.dumps(error) + "\n" for error in index.errors).encode()
         log.warning("%s: %d samples left out, first %s", shown(shard), len(index.errors), index.errors[0])
     if index.records is not None:
-        _write(part.with_suffix(".records"), index.records)
+        files["records"] = index.records
+    for ending in ENDINGS:
+        if ending in files:
+            write_whole(file_in(home, name_in(shard), ending), files[ending])
+        else:
+            file_in(home, name_in(shard), ending).unlink(missing_ok=True)
     entries = index.entries()
     entry = {
-        "part": part.name,
-        "records": None if index.records is None else part.with_suffix(".records").name,
-        "part_sha256": hashlib.sha256(content).hexdigest(),
         "num_samples": index.num_samples,
         "content": hashlib.sha256(entries["uid"].tobytes()).hexdigest(),
+        "index_sha256": hashlib.sha256(entries.tobytes()).hexdigest(),
         "num_errors": len(index.errors),
         "ignored": dict(index.ignored),
+        "files": {
+            ending: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for ending, content in files.items()
+        },
     }
     return entry, entries.tobytes()
 
 
-def _keep_columns(table: pa.Table, part: Path) -> pa.Table:
-    """Carries columns that are not ours over from an older part, if any, to the rows whose content is the same."""
+def _keep_columns(table: pa.Table, part: Path, same: Sequence[str]) -> pa.Table:
+    """Carries columns that are not ours over from an older part, if any, to the rows that agree with theirs in the
+    columns `same`."""
     try:
         old = pq.read_table(part)
-    except (OSError, pa.ArrowInvalid):
+        foreign = [name for name in old.column_names if name not in base.SCHEMA.names]
+        row_of = {key: row for row, key in reversed(list(enumerate(_keys(old, same))))} if foreign else {}
+        rows = pa.array([row_of.get(key) for key in _keys(table, same)], pa.int64())
+        columns = {name: old[name].take(rows) for name in foreign}
+    except FileNotFoundError:
         return table
-    foreign = [name for name in old.column_names if name not in base.SCHEMA.names]
-    if foreign:
-        row_of = {uid: row for row, uid in enumerate(old["uid"].to_pylist())}
-        rows = pa.array([row_of.get(uid) for uid in table["uid"].to_pylist()], pa.int64())
-        for name in foreign:
-            table = table.append_column(name, old[name].take(rows))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        log.warning("`%s` cannot be read (%s): columns that other tools added to it are lost", part, error)
+        return table
+    for name, column in columns.items():
+        table = table.append_column(name, column)
     return table
 
 
-def _write(path: Path, content: Any) -> None:
-    """Whole or not at all: temporary name, flush to disk, rename."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+def _keys(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    return list(zip(*(table[name].to_pylist() for name in columns), strict=True))

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.data.cumulative import Bits, Weights
+from vlm_train.data.manifest import damaged
 from vlm_train.data.selection import Selection
 from vlm_train.errors import ConfigError, DataError, nearest
 
@@ -37,7 +38,9 @@ _REFUSED = {
 }
 _CLOCK = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}  # functions without ()
 _NUMBERS = re.compile(r"(U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL\(.*\))")
-_FAILURES = (duckdb.Error, pa.ArrowException, OSError)  # an error in the middle of a stream comes through Arrow
+# an error in the middle of a stream comes through Arrow, and a name that is no text as an error of the binding
+_FAILURES = (duckdb.Error, pa.ArrowException, OSError, RuntimeError, UnicodeError)
+_OF_A_VALUE = ("Conversion Error", "Out of Range Error")  # not of a part
 
 
 def select_rows(
@@ -74,7 +77,7 @@ def select_rows(
         except _FAILURES:
             query = _Query(connection, files, expressions, num_samples, by_name=True)
             content = query.run_and_explain()
-        columns = {name: kind for name, kind in query.columns().items() if name.lower() in named}
+        columns = {name: kind for name, kind in query.types.items() if name.lower() in named}
     provenance = {
         "where": where,
         "weight": weight,
@@ -89,7 +92,8 @@ def select_rows(
 
 @dataclass(slots=True)
 class _Query:
-    """One evaluation of the expressions over all parts; `by_name`: a column that a part lacks is NULL there."""
+    """One evaluation of the expressions over all parts; `by_name`: a column that a part lacks is NULL there. `types`:
+    of each column, once it has been run."""
 
     connection: duckdb.DuckDBPyConnection
     files: list[str]
@@ -98,6 +102,7 @@ class _Query:
     by_name: bool
     num_seen: int = 0
     num_null: int = 0
+    types: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Bits | Weights:
         relation = self._relation(", ".join(f'(\n{text}\n) AS "{key}"' for key, text in self.expressions.items()))
@@ -114,23 +119,27 @@ class _Query:
             content = Bits.pack((kept for kept, _ in self._batches(relation, num_rows)), num_rows)
         if self.num_seen != num_rows:
             raise self._other_rows()
+        self.types = self._columns()
         return content
 
     def run_and_explain(self) -> Bits | Weights:
         """As `run`, with what DuckDB refuses told as an error of ours."""
         try:
-            return self.run()
-        except (duckdb.BinderException, duckdb.CatalogException) as error:
-            raise self._explain(str(error)) from None
+            try:
+                return self.run()
+            except (duckdb.BinderException, duckdb.CatalogException) as error:
+                raise self._explain(str(error)) from None
         except _FAILURES as error:
-            raise DataError(
+            said = str(error).split("\n")[0]
+            damage = None if any(kind in said for kind in _OF_A_VALUE) else self._damaged()
+            raise damage or DataError(
                 "the selection cannot be evaluated",
-                got=str(error).split("\n")[0],
-                remedy="`vlm-train data verify` tells whether the manifest is whole; else mend the expression",
+                got=said,
+                allowed="an expression that can be evaluated for every row",
+                remedy="mend the expression; `vlm-train data verify` tells whether the manifest is whole",
             ) from None
 
-    def columns(self) -> dict[str, str]:
-        """Type of each column."""
+    def _columns(self) -> dict[str, str]:
         relation = self._relation("*")
         return dict(zip(relation.columns, map(str, relation.types), strict=True))
 
@@ -156,23 +165,30 @@ class _Query:
             yield np.where(kept, weights.fill_null(0.0).to_numpy(), 0.0)
 
     def _other_rows(self) -> DataError:
+        return self._damaged() or DataError(
+            "the manifest changed while the selection was made",
+            remedy="make it again once nothing writes to the shards",
+        )
+
+    def _damaged(self) -> DataError | None:
+        """The error for the first part that cannot be read or has another number of rows, if there is one."""
         for file, expected in zip(self.files, self.num_samples.tolist(), strict=True):
-            found = pq.read_metadata(file).num_rows
+            try:
+                with pq.ParquetFile(file, page_checksum_verification=True) as part:
+                    names = part.schema_arrow.names  # raises where one is no text
+                    found = sum(len(batch) for batch in part.iter_batches(_BATCH_ROWS, columns=names))
+            except (OSError, ValueError, pa.ArrowException) as error:
+                return damaged(Path(file), error)
             if found != expected:
-                return DataError(
-                    f"the manifest part `{file}` does not fit its manifest",
-                    got=f"{found} rows",
-                    allowed=f"{expected} rows",
-                    remedy="`vlm-train data index` makes it again",
-                )
-        raise AssertionError("every part has its rows, yet the answer has other ones")
+                return damaged(Path(file), f"{found} rows, not {expected}")
+        return None
 
     def _explain(self, message: str) -> ConfigError:
         found = re.search(r'column "([^"]+)" not found', message)
         key = next((key for key, text in self.expressions.items() if found and found[1] in text), "where")
         if found is None:
             return _wrong(key, self.expressions, message.split("\n")[0], "an SQL expression over the columns")
-        columns = self.columns()
+        columns = self._columns()
         close = nearest(found[1], columns)
         return ConfigError(
             f"`{key}` names no column of the manifest: `{found[1]}`",

@@ -150,14 +150,15 @@ class Selection:
             content = _read(source, facts)
             own = {name: value for name, value in facts.items() if name not in _OWN_FACTS}
             found = cls(content, manifest=facts["manifest"], provenance=own)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            checksum = facts.get("checksum", facts["fingerprint"])  # version 1 had no checksum
+        except Exception as error:  # readers of JSON and of arrays raise whatever they like on damaged bytes
             raise DataError(
                 f"selection `{source}` cannot be read",
                 got=f"{type(error).__name__}: {error}",
                 allowed="a directory with provenance.json and the selection.npy or weights.npy that it names",
                 remedy="make the selection again",
             ) from None
-        if content.checksum() != facts.get("checksum", facts["fingerprint"]):  # version 1 had no checksum
+        if content.checksum() != checksum:
             raise DataError(f"selection `{source}` is damaged", got="content that does not match provenance.json")
         if found.manifest not in (None, manifest):
             raise DataError(
@@ -177,7 +178,10 @@ def _read(source: Path, facts: Mapping[str, Any]) -> Cumulative:
     if name == Weights.file_name:
         units = np.load(source / name, mmap_mode="r", allow_pickle=False)
         return Weights(units, num_rows, str(facts["fingerprint"]))
-    return Bits(np.load(source / Bits.file_name, allow_pickle=False).astype(np.uint64), num_rows)
+    words = np.load(source / Bits.file_name, allow_pickle=False)
+    if words.shape != (-(-num_rows // 64),):
+        raise ValueError(f"{words.shape} words cannot hold the bits of {num_rows} rows")
+    return Bits(words.astype(np.uint64), num_rows)
 
 
 def _offset(seed: int, epoch: int) -> int:

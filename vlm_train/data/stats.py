@@ -14,7 +14,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.data import decode
@@ -24,7 +23,7 @@ from vlm_train.data.sources.shards import ShardSource
 from vlm_train.types import RawSample
 
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-_COLUMNS = ("width", "height", "caption_chars", "caption_hash", "length", "label")
+_COLUMNS = ("width", "height", "image_hash", "caption_chars", "caption_hash", "length", "label")
 
 
 @dataclass(slots=True)
@@ -75,7 +74,8 @@ class Example:
 @dataclass(slots=True)
 class Statistics:
     """Of a dataset. `formats`: image format by number of samples; `left_out`: reason by number, of what indexing could
-    not use; `ignored`: kind of tar member that is no sample by number; `num_unreadable` of `num_read` examples."""
+    not use; `ignored`: kind of tar member that is no sample by number; `num_distinct` pairs of images and first
+    caption; `num_unreadable` of `num_read` examples."""
 
     num_samples: int
     num_shards: int
@@ -107,7 +107,7 @@ def statistics(shards: str | Sequence[str], *, num_examples: int = 60, side: int
         side: longest side of an example in pixels.
 
     Raises:
-        DataError: a shard is missing, or none of it can be used.
+        DataError: a shard is missing, none of it can be used, or its part of the manifest is damaged.
     """
     source = ShardSource(shards=shards)
     manifest = source.manifest
@@ -117,7 +117,7 @@ def statistics(shards: str | Sequence[str], *, num_examples: int = 60, side: int
         num_shards=len(manifest.shards),
         num_bytes=sum(entry["size"] for entry in manifest.entries_of),
         num_labelled=int((columns["label"] >= 0).sum()),
-        num_distinct=len(np.unique(manifest.uids().view("V16"))),
+        num_distinct=_num_distinct(columns["image_hash"], columns["caption_hash"]),
         num_distinct_captions=len(np.unique(columns["caption_hash"])),
         distributions=list(_distributions(columns)),
         formats=_formats(manifest),
@@ -135,11 +135,16 @@ def statistics(shards: str | Sequence[str], *, num_examples: int = 60, side: int
 def _columns(manifest: Manifest) -> dict[str, NDArray[Any]]:
     """NumPy columns of all parts; a missing label is -1."""
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _COLUMNS}
-    for part in manifest.parts:
-        table = pq.read_table(part, columns=list(_COLUMNS))
+    for shard in range(len(manifest.shards)):
+        table = manifest.part(shard, _COLUMNS)
         for name in _COLUMNS:
             parts[name].append(pc.fill_null(table[name], -1).to_numpy() if name == "label" else table[name].to_numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _num_distinct(*columns: NDArray[np.uint64]) -> int:
+    """How many different rows columns [N] have together."""
+    return len(np.unique(np.stack(columns, axis=1).view(f"V{8 * len(columns)}")))
 
 
 def _distributions(columns: dict[str, NDArray[Any]]) -> Iterator[Distribution]:
@@ -155,8 +160,8 @@ def _distributions(columns: dict[str, NDArray[Any]]) -> Iterator[Distribution]:
 def _formats(manifest: Manifest) -> dict[str, int]:
     """Samples by the ending of their first image part; columnwise, so that a hundred million rows are no matter."""
     counts: Counter[str] = Counter()
-    for part in manifest.parts:
-        parts = pq.read_table(part, columns=["parts"])["parts"].combine_chunks()
+    for shard in range(len(manifest.shards)):
+        parts = manifest.part(shard, ["parts"])["parts"].combine_chunks()
         names = parts.flatten().field("name").dictionary_encode()
         endings = [decode.image_parts({name: b""}) for name in names.dictionary.to_pylist()]
         codes = names.indices.to_numpy()

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.formats.base import SCHEMA
+from vlm_train.data.home import INDEX, Entry
 from vlm_train.data.indexing import open_manifest
-from vlm_train.data.manifest import Entry, Manifest
+from vlm_train.data.local import printable
+from vlm_train.data.manifest import Manifest, read_part
 from vlm_train.data.order import derive
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
+from vlm_train.errors import DataError
 from vlm_train.locations import name_of
 from vlm_train.types import RawSample
 
@@ -38,6 +40,7 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 256
 _CONFIDENCE = 0.95
+_REMEDY = "remove it: it is made again on next use"
 
 
 @dataclass(slots=True)
@@ -106,11 +109,11 @@ def verify(
         return verdict
     _source.cache_clear()
     chunks = list(_chunks(manifest, share if mode == "sample" else None, seed))
-    total = sum(len(rows) for _, rows in chunks)
+    total = sum(len(chunk.rows) for chunk in chunks)
     found = 0
-    for (_, rows), problems in zip(chunks, map_in_processes(_check, chunks, num_workers=num_workers, chunk_size=4),
-                                   strict=True):  # fmt: skip
-        verdict.num_checked += len(rows)
+    checked = map_in_processes(_check, chunks, num_workers=num_workers, chunk_size=4)
+    for chunk, problems in zip(chunks, checked, strict=True):
+        verdict.num_checked += len(chunk.rows)
         found += len(problems)
         verdict.problems += problems
         if progress is not None:
@@ -142,37 +145,54 @@ def _at_most(num_bad: int, num: int, rate: float) -> float:
 
 
 def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Parts and index against the hashes in root.json."""
-    for number, (shard, part, entry) in enumerate(
-        zip(manifest.shards, manifest.parts, manifest.entries_of, strict=True)
-    ):
-        if hashlib.sha256(part.read_bytes()).hexdigest() != entry["part_sha256"] and not _only_grew(part, entry):
-            yield Problem(name_of(shard), "", "part_changed", f"{part} is not what indexing wrote")
-        uids = manifest.entries(np.arange(manifest.starts[number], manifest.starts[number + 1]))["uid"]
-        if hashlib.sha256(uids.tobytes()).hexdigest() != entry["content"]:
-            yield Problem(name_of(shard), "", "index_changed", f"index.bin beside {part} is damaged")
+    """The files of the manifest against the hashes in root.json."""
+    for number, (shard, entry) in enumerate(zip(manifest.shards, manifest.entries_of, strict=True)):
+        name = printable(name_of(shard))
+        for ending, facts in entry["files"].items():
+            file = manifest.file(number, ending)
+            if _sha256(file) != facts["sha256"] and not (ending == "parquet" and _only_grew(file, entry)):
+                reason = "part_changed" if ending == "parquet" else "index_changed"
+                yield Problem(name, "", reason, f"{printable(str(file))} is not what indexing wrote; {_REMEDY}")
+        entries = manifest.entries(np.arange(manifest.starts[number], manifest.starts[number + 1]))
+        found = [hashlib.sha256(values.tobytes()).hexdigest() for values in (entries, entries["uid"])]
+        if found != [entry["index_sha256"], entry["content"]]:
+            index = printable(str(manifest.folders[number] / INDEX))
+            yield Problem(name, "", "index_changed", f"{index} is damaged; {_REMEDY}")
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _only_grew(part: Path, entry: Entry) -> bool:
     """Whether a part is what indexing wrote but for further columns, which other tools may add."""
     try:
-        table = pq.read_table(part)
-    except (OSError, pa.ArrowException):
+        return set(read_part(part, entry["content"]).column_names) > set(SCHEMA.names)
+    except DataError:
         return False
-    if set(table.column_names) <= set(SCHEMA.names):
-        return False
-    return hashlib.sha256(b"".join(table["uid"].to_pylist())).hexdigest() == entry["content"]
 
 
-def _chunks(manifest: Manifest, share: float | None, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(shard, rows within it) to read."""
-    for number, shard in enumerate(manifest.shards):
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Rows within a shard to read, and the hash of its content as it was opened."""
+
+    shard: str
+    content: str
+    rows: NDArray[np.int64]
+
+
+def _chunks(manifest: Manifest, share: float | None, seed: int) -> Iterator[_Chunk]:
+    for number, (shard, entry) in enumerate(zip(manifest.shards, manifest.entries_of, strict=True)):
         rows = np.arange(manifest.starts[number + 1] - manifest.starts[number])
         if share is not None:
             drawn = derive(seed, (rows + manifest.starts[number]).astype(np.uint64))
             rows = rows[(drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share]
         for start in range(0, len(rows), _CHUNK):
-            yield shard, rows[start : start + _CHUNK]
+            yield _Chunk(shard, entry["content"], rows[start : start + _CHUNK])
 
 
 @lru_cache(maxsize=8)
@@ -180,10 +200,13 @@ def _source(shard: str) -> ShardSource:
     return ShardSource(shards=shard)
 
 
-def _check(chunk: tuple[str, np.ndarray]) -> list[Problem]:
-    source = _source(chunk[0])
+def _check(chunk: _Chunk) -> list[Problem]:
+    source = _source(chunk.shard)
+    if source.manifest.entries_of[0]["content"] != chunk.content:
+        problem = Problem(source.name_of(0), "", "shard_changed", "another process has indexed it anew meanwhile")
+        return [problem] * len(chunk.rows)
     problems = []
-    for row, sample in zip(chunk[1].tolist(), source.read(chunk[1]), strict=True):
+    for row, sample in zip(chunk.rows.tolist(), source.read(chunk.rows), strict=True):
         error = sample if isinstance(sample, SampleError) else _decode(sample)
         if error is not None:
             problems.append(Problem(*source.locate(row), error.reason, error.detail[:200]))

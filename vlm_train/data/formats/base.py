@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File
+from vlm_train.data.local import printable
 from vlm_train.errors import DataError
 from vlm_train.locations import shown
 
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("parts", pa.list_(_PART)),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("image_hash", pa.uint64()),
         ("caption_hash", pa.uint64()),
         ("caption_chars", pa.int32()),
         ("label", pa.int64()),
@@ -58,7 +60,7 @@ class ShardIndex:
     """
 
     def __init__(self, shard: str) -> None:
-        self.shard, self.num_samples = shard, 0
+        self.shard, self.num_samples = printable(shard), 0
         self.errors: list[dict[str, str]] = []
         self.ignored: Counter[str] = Counter()
         self.records: bytes | None = None
@@ -82,7 +84,7 @@ class ShardIndex:
         except SampleError as error:
             self.leave_out(key, error.reason)
             return
-        facts |= {"shard": self.shard, "key": key, "number": number, "offset": offset, "length": length}
+        facts |= {"shard": self.shard, "key": printable(key), "number": number, "offset": offset, "length": length}
         self._rows.add(facts, parts)
         self.num_samples += 1
         if len(self._rows.ends) > _FLUSH:
@@ -90,7 +92,7 @@ class ShardIndex:
 
     def leave_out(self, key: str, reason: str) -> None:
         """Records a sample that is not used."""
-        self.errors.append({"shard": self.shard, "key": key, "reason": reason})
+        self.errors.append({"shard": self.shard, "key": printable(key), "reason": reason})
 
     def table(self) -> pa.Table:
         """The rows, with the columns of SCHEMA."""
@@ -163,7 +165,7 @@ class Format(Protocol):
 
 
 def describe(contents: Mapping[str, bytes]) -> dict[str, Any]:
-    """uid, width, height, caption_hash, caption_chars and label of a sample. Only headers of images are read.
+    """uid, width, height, image_hash, caption_hash, caption_chars and label of a sample. Nothing is decoded.
 
     Raises:
         SampleError: the sample cannot be used.
@@ -171,14 +173,15 @@ def describe(contents: Mapping[str, bytes]) -> dict[str, Any]:
     image = decode.open_image(decode.first_image(contents))
     metadata = decode.decode_metadata(contents)
     captions = decode.decode_captions(contents, metadata)
-    label = metadata.get("label")
+    uid, image_hash = decode.sample_hashes(contents)
     return {
-        "uid": decode.sample_uid(contents),
+        "uid": uid,
         "width": image.width,
         "height": image.height,
+        "image_hash": image_hash,
         "caption_hash": decode.caption_hash(captions[0]),
         "caption_chars": len(captions[0]),
-        "label": label if isinstance(label, int) and not isinstance(label, bool) else None,
+        "label": decode.decode_label(metadata),
     }
 
 
@@ -188,7 +191,7 @@ def changed(shard: str, detail: object) -> SampleError:
         "shard_changed",
         got=f"{shard}: {detail}",
         allowed="the bytes that the manifest was made from",
-        remedy="`vlm-train data index` makes the manifest again",
+        remedy="`vlm-train data index` makes the manifest again; `vlm-train data verify` says whether it is damaged",
     )
 
 

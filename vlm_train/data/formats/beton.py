@@ -12,7 +12,6 @@ becomes a PPM, which is the same bytes behind a short header.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from vlm_train.data.beton import Field, Layout
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File, Range
 from vlm_train.data.formats.base import Parts, ShardIndex, changed
+from vlm_train.data.formats.beton_texts import texts_of, value_of
 from vlm_train.errors import DataError
 from vlm_train.locations import shown
 
@@ -69,10 +69,10 @@ class BetonFormat:
         roles = roles_of(layout.fields, file)
         pointers = [rows[roles.image.place]["pointer"] for rows in beton.read_rows(file, layout)]
         sizes = beton.allocated_sizes(file, layout, np.concatenate([np.zeros(0, np.uint64), *pointers]))
-        index, number = ShardIndex(file.name), 0
+        index, number, seen = ShardIndex(file.name), 0, set[str]()
         for rows in beton.read_rows(file, layout):
             for group in _groups(_spans(rows, sizes[number : number + len(rows)].tolist(), roles, layout)):
-                _add(index, file, roles, number, group)
+                _add(index, file, roles, number, group, seen)
                 number += len(group)
         return index
 
@@ -200,8 +200,8 @@ def _groups(spans: Iterator[Found]) -> Iterator[list[Found]]:
         yield group
 
 
-def _add(index: ShardIndex, file: File, roles: Roles, first: int, spans: list[Found]) -> None:
-    """Describes some samples in a row; `first`: the number of the first."""
+def _add(index: ShardIndex, file: File, roles: Roles, first: int, spans: list[Found], seen: set[str]) -> None:
+    """Describes some samples in a row; `first`: the number of the first, `seen`: the keys before it."""
     numbers = range(first, first + len(spans))
     for number, span, sample in zip(numbers, spans, _contents(file, roles, numbers, spans), strict=True):
         if isinstance(sample, SampleError):
@@ -209,6 +209,10 @@ def _add(index: ShardIndex, file: File, roles: Roles, first: int, spans: list[Fo
             continue
         assert isinstance(span, _Span)
         key, contents = sample
+        if key in seen:
+            index.leave_out(key, "duplicate_key")
+            continue
+        seen.add(key)
         image = decode.image_parts(contents)[0]
         places = {name: span.ranges[-1 if name == "txt" else 1] for name in contents} | {image: span.ranges[0]}
         parts = [(name, *place) for name, place in places.items()]
@@ -229,40 +233,20 @@ def _contents(
         image = next(chunks) if images else None
         texts = [next(chunks) for _ in roles.texts]
         try:
-            yield _parts(f"{number:08d}", span, image, list(map(_value, roles.texts, texts)))
+            yield _parts(f"{number:08d}", span, image, list(map(value_of, roles.texts, texts)))
         except SampleError as error:
             yield error
-
-
-def _value(field: Field, text: bytes) -> Any:
-    """What a text field says: a dict, or from a JSON field a str or list, or from a bytes field bytes.
-
-    Raises:
-        SampleError: metadata_json for a JSON field that holds something else.
-    """
-    text = text.rstrip(b"\0")
-    if field.type == beton.BYTES and not text.startswith(b"{"):
-        return text
-    value: Any = None
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        if field.type == beton.BYTES:
-            return text
-    if not isinstance(value, (dict, list, str)):
-        raise SampleError("metadata_json", got=f"field `{field.name}`: {text[:80]!r}", allowed="an object or text")
-    return value
 
 
 def _parts(key: str, span: _Span, image: bytes | None, values: Sequence[Any]) -> Parts:
     """Key and parts of one sample from its image, if it is asked for, and what its text fields say.
 
     Raises:
-        SampleError: caption_utf8.
+        SampleError: caption_utf8 or metadata_json.
     """
     try:
         ours = beton.unpack_text(values[0])
-        key, name, texts = ours or (key, "jpg", _foreign(values, span.label))
+        key, name, texts = ours or (key, "jpg", texts_of(values, span.label))
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
         raise SampleError("caption_utf8", got=error) from None
     if not ours and isinstance(facts := values[0], dict) and isinstance(facts.get("key"), str):
@@ -275,26 +259,9 @@ def _parts(key: str, span: _Span, image: bytes | None, values: Sequence[Any]) ->
     return key, {name if decode.image_parts({name: b""}) else "jpg": image, **texts}
 
 
-def _foreign(values: Sequence[Any], label: int | None) -> dict[str, bytes]:
-    """KEY.txt and KEY.json of a file that somebody else wrote."""
-    facts, texts = dict[str, Any](), dict[str, bytes]()
-    for value in values:
-        if isinstance(value, dict):
-            facts |= value
-        elif isinstance(value, list):
-            facts["captions"] = value
-        else:
-            texts["txt"] = value.encode() if isinstance(value, str) else value
-    facts |= {"label": label} if label is not None and "label" not in facts else {}
-    return texts | ({"json": json.dumps(facts).encode()} if facts else {})
-
-
 def _confirmed(shard: str, sample: Parts | SampleError, uid: bytes) -> Parts | SampleError:
-    try:
-        if isinstance(sample, SampleError):
-            raise sample
-        if decode.sample_uid(sample[1]) == uid:
-            return sample
-    except SampleError as error:
-        return changed(shard, error)
+    if isinstance(sample, SampleError):
+        return changed(shard, sample)
+    if decode.sample_uid(sample[1]) == uid:
+        return sample
     return changed(shard, f"sample `{sample[0]}` has other content than when it was indexed")

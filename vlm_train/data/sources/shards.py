@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File, Stat, StorageOptions
-from vlm_train.data.formats.base import Parts
+from vlm_train.data.formats.base import Parts, changed
 from vlm_train.data.formats.choose import format_of
 from vlm_train.data.indexing import open_manifest
+from vlm_train.data.local import printable
+from vlm_train.data.manifest import read_part
 from vlm_train.data.selection import Selection
 from vlm_train.data.storage import open_file
 from vlm_train.errors import DataError
@@ -69,9 +71,12 @@ class ShardSource:
         (`shard_changed`, `unreadable`, `shard_unreadable`) in its place."""
         rows = np.asarray(rows, np.int64)
         entries, shards = self.manifest.entries(rows), self.manifest.shard_of(rows)
+        within = self.manifest.within(entries, shards)
         found: list[Any] = [None] * len(rows)
-        for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
+        for place in np.flatnonzero(~within).tolist():
+            found[place] = changed(self.name_of(int(shards[place])), "index.bin points beyond it")
+        for shard in np.unique(shards[within]).tolist():
+            places = np.flatnonzero((shards == shard) & within)
             results = self._read_shard(shard, entries[places])
             for place, result in zip(places.tolist(), results, strict=True):
                 found[place] = result
@@ -116,20 +121,19 @@ class ShardSource:
         assert self._selection is not None
         rows = self._selection.kept(int(self.manifest.starts[shard]), int(self.manifest.starts[shard + 1]))
         entries = self.manifest.entries(rows)
+        entries = entries[self.manifest.within(entries, np.full(len(entries), shard))]
         return list(zip(entries["offset"].tolist(), entries["length"].tolist(), strict=True))
 
     def name_of(self, shard: int) -> str:
         """The file name of a shard."""
-        return name_of(self.manifest.shards[shard])
+        return printable(name_of(self.manifest.shards[shard]))
 
     def locate(self, row: int) -> tuple[str, str]:
-        """(shard name, key) of a row, for reports; from the manifest, so it needs no shard."""
+        """(shard name, key) of a row, for reports; from the manifest, so it needs no shard. The key is empty where that
+        no longer knows it: another process has indexed the shard anew meanwhile, or the part is damaged."""
         shard = int(self.manifest.shard_of(np.array([row]))[0])
-        part = self.manifest.parts[shard]
-        try:
-            key = _keys(str(part), part.stat().st_mtime_ns)[row - int(self.manifest.starts[shard])].as_py()
-        except (OSError, ValueError):
-            key = ""
+        keys = _keys(self.manifest.parts[shard], self.manifest.entries_of[shard]["content"])
+        key = "" if keys is None else keys[row - int(self.manifest.starts[shard])].as_py()
         return self.name_of(shard), key
 
 
@@ -142,8 +146,12 @@ def _is_there(file: File) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _keys(part: str, mtime_ns: int) -> Any:
-    return pq.read_table(part, columns=["key"])["key"]
+def _keys(part: Path, content: str) -> Any:
+    """The keys of a part, None where it cannot be used."""
+    try:
+        return read_part(part, content, ["key"])["key"]
+    except DataError:
+        return None
 
 
 def _reopen(shards: list[str], options: StorageOptions, fingerprint: str) -> ShardSource:
