@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
-from omegaconf import DictConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train import build
-from vlm_train.cli.compose import compose_config
+from vlm_train.cli.compose import compose_config, resolve
 from vlm_train.cli.paths import conf_dir, groups, headline
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.errors import ConfigError
 from vlm_train.log import get_logger
-from vlm_train.schema import Config, flatten, learning_view
+from vlm_train.schema import Config, check, flatten, learning_view
 
+TEXTS = ("auto", "abc", "https://u:hush@h/x?y", "a/b", "..", "a\0b", "${nope}", "???", "vlm_train.x.Y", "1e9", "nan")
+WORDS = ("shards", "weight", "selection", "_target_", "_partial_", "a", "name", "lr")
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
 NEEDS = {
     ("precision", "fp16"): "a GPU",
@@ -102,7 +110,7 @@ def test_root_keys_are_a_known_set() -> None:
 
 
 def test_keys_that_scripts_rely_on_exist() -> None:
-    keys = set(flatten(__import__("omegaconf").OmegaConf.to_container(compose_config(["experiment=quickstart"]))))
+    keys = set(flatten(OmegaConf.to_container(compose_config(["experiment=quickstart"]))))
     for key in (
         "run.id", "run.dir", "run.resume", "seed", "trainer.max_steps", "trainer.devices", "trainer.num_nodes",
         "trainer.global_batch", "trainer.micro_batch", "strategy.name", "precision.name", "compile.enabled",
@@ -110,6 +118,80 @@ def test_keys_that_scripts_rely_on_exist() -> None:
         "data.selection", "data.num_workers", "optim.lr",
     ):  # fmt: skip
         assert key in keys
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**400]))
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5), st.sampled_from(TEXTS))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(WORDS) | st.integers(0, 3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@functools.cache
+def composed() -> DictConfig:
+    config = compose_config(["experiment=quickstart"])
+    merged = OmegaConf.merge(OmegaConf.structured(Config), config)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@functools.cache
+def keys() -> list[str]:
+    """Every key and every node above one."""
+    flat = list(flatten(OmegaConf.to_container(composed())))
+    return sorted({*flat, *(key.rsplit(".", depth)[0] for key in flat for depth in range(1, key.count(".") + 1))})
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data(), value=VALUES, merge=st.booleans())
+def test_any_value_of_any_key_is_taken_or_refused_by_name(data: st.DataObject, value: Any, merge: bool) -> None:
+    key, config = data.draw(st.sampled_from(keys())), copy.deepcopy(composed())
+    try:
+        OmegaConf.update(config, key, value, merge=merge)
+    except (OmegaConfBaseException, ValueError, TypeError, AssertionError, OverflowError):
+        return  # by the types of the schema, which `compose` explains: see the next test
+    try:
+        resolve(config)
+        check(config)
+    except ConfigError as error:
+        assert key in str(error)
+        assert None not in (error.got, error.allowed, error.remedy)
+
+
+@pytest.mark.parametrize("key", ["seed", "optim.lr", "data.train.shards", "data.cache_gb", "model.vision.width"])
+def test_a_number_that_python_does_not_print_is_refused(key: str) -> None:
+    config, value = copy.deepcopy(composed()), 10**5000
+    try:
+        OmegaConf.update(config, key, {"a": {"shards": "x", "weight": value}} if "shards" in key else value)
+    except (OmegaConfBaseException, ValueError, OverflowError):
+        return
+    with pytest.raises(ConfigError, match=key):
+        check(config)
+
+
+SPELT = st.one_of(
+    st.sampled_from(["null", "nan", ".inf", "-inf", "1e400", "-1", "0", "1.5", "true", "abc", "''", "[]", "{}", "???"]),
+    st.sampled_from(
+        ["[1,2,3]", "[[a]]", "{a: 1}", "{a: {b: null}}", "${nope}", "${seed}", "1,2", "a b", "]", "{", "$x"]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), sign=st.sampled_from(["", "", "", "+", "++", "~"]), spelt=SPELT)
+def test_any_word_gives_a_config_or_an_error_that_names_the_key(data: st.DataObject, sign: str, spelt: str) -> None:
+    key = data.draw(st.sampled_from(keys()))
+    word = f"{sign}{key}={spelt}" if sign != "~" else f"~{key}"
+    try:
+        assert compose_config(["experiment=quickstart", word]).seed is not None
+    except ConfigError as error:
+        assert key in str(error)
+        assert None not in (error.got, error.allowed, error.remedy)
 
 
 def test_commands_in_config_headers_compose() -> None:

@@ -20,6 +20,7 @@ from vlm_train.cli.main import VERBS
 from vlm_train.cli.paths import groups
 from vlm_train.data.decode import SampleError
 from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.verify import Verdict
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError
 from vlm_train.schema import Config, flatten
@@ -159,12 +160,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"vlm_train.data.{target}", lambda *args, **kwargs: summary)
     for name in (
         "indexing.open_manifest",
-        "verify.verify",
         "stats.statistics",
         "select.select_rows",
         "convert.convert",
     ):
         monkeypatch.setattr(f"vlm_train.data.{name}", lambda *args, **kwargs: Nothing())
+    monkeypatch.setattr("vlm_train.data.verify.verify", lambda *args, mode, **kwargs: Verdict(mode, 0, 0, 0))
     monkeypatch.setattr("vlm_train.cli.stats_page.lines", lambda found: [])
     monkeypatch.setattr("vlm_train.cli.stats_page.write_page", lambda path, title, found: None)
 

@@ -11,7 +11,7 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 SCHEMES = ("https", "http", "s3", "gs")
 
@@ -45,7 +45,9 @@ def shown(location: str) -> str:
     if "://" not in location:
         return location
     parts = _split(location)
-    return urlunsplit((parts.scheme, _host(parts.netloc), parts.path, "", ""))
+    host = _host(parts.netloc)
+    path = parts.path if parts.netloc.endswith(host) else "/..."  # a `/` in a password that should have been quoted
+    return urlunsplit((parts.scheme, host, path, "", ""))
 
 
 def scrubbed(text: str) -> str:
@@ -75,14 +77,21 @@ def in_texts(change: Callable[[str], str], value: Any) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _split(location: str):
-    """As `urlsplit`, but `?` and `#` belong to the name of an object in a bucket."""
-    if location.partition("://")[0].lower() in ("s3", "gs"):
-        scheme, _, rest = location.partition("://")
-        bucket, slash, key = rest.partition("/")
-        return urlsplit(f"{scheme}://{bucket}")._replace(path=slash + key)
-    return urlsplit(location)
+def _split(location: str) -> SplitResult:
+    """As `urlsplit`, but `?` and `#` belong to the name of an object in a bucket, and what is no URL is split too."""
+    scheme, _, rest = location.partition("://")
+    host, slash, path = rest.partition("/")
+    if scheme.lower() in ("s3", "gs"):
+        return SplitResult(scheme, host, slash + path, "", "")
+    try:
+        return urlsplit(location)
+    except ValueError:  # brackets that hold no address: no server is called that, but a message must show it
+        path, _, query = path.partition("?")
+        return SplitResult(scheme, host, slash + path, query, "")
 
 
 def _host(netloc: str) -> str:
-    return netloc.rpartition("@")[2]
+    """Without user and password; of a user and a password that breaks off before its `@`, the user alone."""
+    host = netloc.rpartition("@")[2]
+    name, _, port = host.rpartition(":")
+    return name if name and port and not port.isdecimal() and not host.endswith("]") else host

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from vlm_train.locations import scrubbed
+
 
 def global_rank() -> int:
     """This process's rank as the launcher (torchrun or srun) set it; 0 when there is one process."""
@@ -13,13 +15,13 @@ def global_rank() -> int:
 
 
 class _Formatter(logging.Formatter):
-    """`info` lines stand alone; warnings and errors say so, and say the rank when it is not 0."""
+    """`info` lines stand alone; warnings and errors say so, and say the rank when it is not 0. URLs are `shown`."""
 
     def format(self, record: logging.LogRecord) -> str:
         rank = global_rank()
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         where = f"[rank {rank}] " if rank else ""
-        return f"{where}{prefix}{record.getMessage()}"
+        return scrubbed(f"{where}{prefix}{record.getMessage()}")
 
 
 def get_logger(name: str) -> logging.Logger:

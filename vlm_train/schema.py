@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vlm_train.checks import check_values
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, nearest
 from vlm_train.locations import identity, in_texts
 from vlm_train.signatures import check_targets
 
@@ -199,7 +200,25 @@ def _under(key: str, parent: str) -> bool:
 
 def check(config: DictConfig) -> None:
     """Refuses what cannot run. Raises ConfigError."""
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{key} has no value", allowed="a value", remedy=f"add {key}=...")
-    check_values(config)
-    check_targets(OmegaConf.to_container(config, resolve=True))
+    absent = [name for name in Config.__dataclass_fields__ if name not in config]
+    missing = sorted([*absent, *OmegaConf.missing_keys(config)])
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} has no value", got="nothing", allowed="a value",
+                          remedy=f"add {missing[0]}=...")  # fmt: skip
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key in _unknown_keys(plain, Config):
+        close = nearest(key, flatten(plain))
+        raise ConfigError(f"no such key: {key}", got=key, allowed=", ".join(close) or "the keys of the schema",
+                          remedy=f"{close[0]}=..." if close else "vlm-train configs keys")  # fmt: skip
+    check_values(plain)
+    check_targets(plain)
+
+
+def _unknown_keys(node: Mapping[str, Any], kind: type, where: str = "") -> Iterator[str]:
+    """Keys that nothing would ever read: `+key=value` can add them to any node."""
+    kinds = get_type_hints(kind)
+    for name, value in node.items():
+        if name not in kinds:
+            yield f"{where}{name}"
+        elif is_dataclass(kinds[name]) and isinstance(value, Mapping):
+            yield from _unknown_keys(value, kinds[name], f"{where}{name}.")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_train.checks import said
 from vlm_train.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 # Arguments that build.py passes at run time; they never stand in YAML.
 RUNTIME_ARGUMENTS = {"spec", "texts"}
+_MANY = 2**31 - 1  # each int of a part is a count
 SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -41,30 +44,46 @@ def _check_target(node: dict[str, Any], where: str) -> None:
     parameters = signature_of(target)
     allowed = {parameter.name for parameter in parameters}
     # the tokenizer is a sibling that the model group carries because both must agree; build.py takes it out
-    given = {key for key in node if not key.startswith("_")} - ({"tokenizer"} if where == "model" else set())
+    given = {str(key) for key in node if not str(key).startswith("_")} - ({"tokenizer"} if where == "model" else set())
     for key in sorted(given - allowed):
         close = nearest(key, allowed)
         raise ConfigError(f"{where} has no key {key!r} (it is built by {target})", got=key,
                           allowed=", ".join(sorted(allowed)) or "no keys",
-                          remedy=f"{where}.{close[0]}=..." if close else None)  # fmt: skip
+                          remedy=f"{where}.{close[0]}=..." if close else f"leave it out: ~{where}.{key}")  # fmt: skip
     for parameter in parameters:
         if parameter.name in given:
-            _check_scalar(f"{where}.{parameter.name}", node[parameter.name], parameter.annotation)
+            _check_value(f"{where}.{parameter.name}", node[parameter.name], parameter.annotation)
         elif parameter.required:
             raise ConfigError(f"{where}.{parameter.name} has no value ({target} needs it)",
-                              allowed="a value", remedy=f"add {where}.{parameter.name}=...")  # fmt: skip
+                              got=", ".join(sorted(given)) or "no keys", allowed="a value",
+                              remedy=f"add {where}.{parameter.name}=...")  # fmt: skip
 
 
-def _check_scalar(key: str, value: object, annotation: str) -> None:
-    """Refuses a word where a number is wanted; annotations that are no plain scalar are left to the constructor."""
-    names = [part.strip() for part in annotation.split("|")]
-    optional = "None" in names
-    kinds = [SCALARS.get(name) for name in names if name != "None"]
-    if (value is None and optional) or not kinds or None in kinds:
+def _check_value(key: str, value: object, annotation: str) -> None:
+    """Refuses what no part of an annotation allows; where one part is a class, that is left to the constructor."""
+    fits = [_fits(value, name) for name in re.split(r"\s*\|\s*(?![^\[]*\])", annotation)]
+    if None in fits or any(fits):
         return
-    types = tuple(kind for group in kinds if group for kind in group)
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ConfigError(f"{key} cannot take this value", got=repr(value), allowed=annotation)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and "int" in annotation
+    raise ConfigError(f"{key} cannot take this value", got=said(value),
+                      allowed=f"{annotation}, from 0 to {_MANY}" if is_count else annotation,
+                      remedy=f"vlm-train configs search {key.rpartition('.')[2]}")  # fmt: skip
+
+
+def _fits(value: object, name: str) -> bool | None:
+    """Whether a value is what one part of an annotation names; None for what only the constructor knows."""
+    kind, _, inside = name.removesuffix("]").partition("[")
+    if kind == "None" or value is None:
+        return kind == "None" and value is None
+    if kind in SCALARS:
+        is_one = isinstance(value, SCALARS[kind]) and isinstance(value, bool) == (kind == "bool")
+        return is_one and not (kind == "int" and isinstance(value, int) and not 0 <= value <= _MANY)
+    if kind == "Literal":
+        return value in ast.literal_eval(f"[{inside}]")
+    if kind in ("Sequence", "list", "tuple"):
+        length = inside.count(",") + 1 if kind == "tuple" else None
+        return isinstance(value, list) and length in (None, len(value))
+    return isinstance(value, dict) if kind in ("Mapping", "dict") else None
 
 
 @dataclass(frozen=True, slots=True)

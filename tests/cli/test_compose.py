@@ -34,7 +34,7 @@ def message(*words: str) -> str:
         ("+foo=1", ["foo"]),
         ("+model.vision.foo=1", ["foo", "VisionTransformer"]),
         ("trainer.devices=2", ["strategy=ddp"]),
-        ("trainer.devices=0", ["trainer.devices", ">= 1"]),
+        ("trainer.devices=0", ["trainer.devices", "1 to 1024"]),
         ("trainer.micro_batch=0", ["trainer.micro_batch"]),
         ("schedule.warmup_steps=abc", ["schedule.warmup_steps"]),
         ("data.augment.scale=[0,1]", ["data.augment.scale"]),
@@ -45,6 +45,48 @@ def message(*words: str) -> str:
         ("optim.groups=[", ["cannot be parsed"]),
         ("run.dir=a,b", ["comma"]),
         ("data.train.shards=null", ["data.train.shards"]),
+        ("data.train.shards=7", ["data.train.shards names no shards"]),
+        ("data.train.shards=[true]", ["data.train.shards names no shards"]),
+        ("data.train.shards={a: {shards: null}, b: {shards: x}}", ["data.train.shards.a.shards names no shards"]),
+        ("data.train.shards={a: {shards: x, selection: 5}}", ["data.train.shards.a.selection"]),
+        ("data.train.shards={a: {shards: x, weight: 0}}", ["data.train.shards.a", "above 0"]),
+        ("data.train.shards={a: {shards: x, weight: null}}", ["data.train.shards.a", "above 0"]),
+        ("data.train.shards={a: {shards: x, weight: abc}}", ["data.train.shards.a", "above 0"]),
+        ("data.train.shards={a: {shards: x, weight: nan}}", ["data.train.shards.a", "above 0"]),
+        ("data.train.shards={a: {shards: x}, b: {shards: x, weight: 1e-9}}", ["data.train.shards.b", "too small"]),
+        ("data.train.shards={a: x}", ["data.train.shards.a is no source"]),
+        ("data.augment.scale=[0.5]", ["data.augment.scale", "[low, high]"]),
+        ("data.augment.ratio=[1,2,3]", ["data.augment.ratio", "[low, high]"]),
+        ("data.augment.color_jitter=-5", ["data.augment.color_jitter", "0 to 1"]),
+        ("data.augment.grayscale=nan", ["data.augment.grayscale", "0 to 1"]),
+        ("data.retry_seconds=.inf", ["data.retry_seconds"]),
+        ("data.retry_seconds=inf", ["data.retry_seconds", "0 to 1000000000"]),
+        ("data.cache_gb=1e400", ["data.cache_gb", "0 to 1000000000"]),
+        ("optim.lr=inf", ["optim.lr is not finite"]),
+        ("optim.betas=[1]", ["optim.betas", "tuple[float, float]"]),
+        ("+model.text.pool=first", ["model.text.pool", "'last'"]),
+        ("model.vision.width=-1", ["model.vision.width", "from 0"]),
+        ("model.vision=null", ["model.vision"]),
+        ("model.vision._target_=vlm_train./.x", ["model.vision._target_"]),
+        ("evaluation.evaluators.retrieval=5", ["evaluation.evaluators.retrieval"]),
+        ("+evaluation.evaluators.a/b={_target_: x.y}", ["evaluation.evaluators.a/b"]),
+        ("+trainer.foo=1", ["no such key: trainer.foo"]),
+        ("+data.augment.hue=1", ["no such key: data.augment.hue"]),
+        ("trainer=null", ["no such choice in the group 'trainer'", "default"]),
+        ("data=5", ["no such choice in the group 'data'", "openmoji"]),
+        ("data=${nope}", ["no such choice in the group 'data'"]),
+        ("run.id=${nope}", ["run.id cannot be resolved", "nope"]),
+        ("seed=${seed}", ["seed cannot be resolved"]),
+        ("data.train.shards=[a,${nope}]", ["data.train.shards cannot be resolved"]),
+        ("trainer.max_steps=???", ["trainer.max_steps", "no value"]),
+        ("schedule=[]", ["schedule names nothing that can be built"]),
+        ("seed=choice(1,2)", ["seed needs one value"]),
+        (f"seed={'9' * 5000}", ["seed cannot take this value"]),
+        (f"seed={'[' * 3000}", ["cannot be parsed"]),
+        ("=5", ["no such key"]),
+        ("hydra.run.dir=x", ["no such key: hydra.run.dir"]),
+        ("run.id=a/b", ["run.id cannot name a folder"]),
+        ("run.dir=https://h/x", ["run.dir is no path on a local disk"]),
     ],
 )
 def test_a_mistake_is_answered_with_what_would_have_been_right(word: str, expected: list[str]) -> None:
@@ -73,6 +115,66 @@ def test_an_own_recipe_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
         (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
         with pytest.raises(ConfigError):
             compose_config(["--config-dir", str(tmp_path), "experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"seed: [",
+        b"- 1",
+        b"\xff\xfe",
+        b"defaults: 5",
+        b"defaults: [mine]",
+        b"a: &a [*a]",
+        b"seed: {a: 1}",
+        b"seed: !!x 1",
+    ],
+)
+def test_an_own_recipe_that_is_no_config_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n" + text)
+    with pytest.raises(ConfigError) as caught:
+        compose_config(["--config-dir", str(tmp_path), "experiment=mine"])
+    assert None not in (caught.value.got, caught.value.allowed, caught.value.remedy)
+
+
+def test_a_nested_recipe_gives_its_run_one_name(tmp_path: Path) -> None:
+    (tmp_path / "experiment" / "deep").mkdir(parents=True)
+    (tmp_path / "experiment" / "deep" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    config = compose_config(["--config-dir", str(tmp_path), "experiment=deep/mine"])
+    assert config.run.experiment == "deep-mine"
+
+
+def test_a_wrong_value_is_refused_before_torch_and_before_a_run(tmp_path: Path) -> None:
+    words = ["data.augment.color_jitter=-5", "data.train.shards={a: {shards: x, weight: 0}}", "data.cache_gb=nan"]
+    script = (
+        "import sys\nfrom vlm_train.cli.main import main\n"
+        "codes = [main(['train', 'experiment=quickstart', word]) for word in sys.argv[1:]]\n"
+        "sys.exit(f'{codes}' if set(codes) != {2} or 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.count("error:") == 3, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("schedule.warmup_steps=99999", "schedule.warmup_steps"),
+        ("optim.lr=0", "optim.lr"),
+        ("optim.groups=[5]", "optim cannot be built"),
+        ("objective.init_temperature=0", "objective cannot be built"),
+    ],
+)
+def test_what_a_class_refuses_is_refused_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, said: str
+) -> None:
+    from vlm_train.cli.train import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        main(["experiment=quickstart", word])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_defining_file() -> None:

@@ -16,6 +16,7 @@ TIMES = st.one_of(
     st.lists(st.integers(1, 60), min_size=1, max_size=20),
     st.lists(st.sampled_from([1, 1, 2, 7, 500]), min_size=1, max_size=20),
 )
+ANYTHING = st.one_of(st.floats(), st.integers(-2, 10**320), st.floats(1e-6, 10), st.text(max_size=2), st.none())
 NAMES = ("cc12m", "laion", "coco", "own")
 PINNED = "abacabacababacd"
 
@@ -80,6 +81,17 @@ def test_what_does_not_fit_is_rounded_to_the_largest_remainder():
     assert sum(whole) == MAX_DENOMINATOR and whole == [8091, 32768, 24677]
     assert numerators({"a": 0.1, "b": 0.9}) == [1, 9] and numerators({"a": 3, "b": 1.5}) == [2, 1]
     assert numerators({"a": 1e-4, "b": 0.9999}) == [1, 9999]
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=st.dictionaries(st.text(max_size=3), ANYTHING, min_size=1, max_size=4))
+def test_any_weights_are_whole_numbers_or_refused_by_name(weights):
+    try:
+        whole = numerators(weights)
+    except ConfigError as error:
+        assert any(f"`{name}`" in error.what for name in weights) and error.got and error.allowed and error.remedy
+        return
+    assert min(whole) >= 1 and sum(whole) <= MAX_DENOMINATOR
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "1", True, None])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from vlm_train.cli.options import Kind, plain
 from vlm_train.errors import ConfigError, nearest
 
 
@@ -16,29 +18,20 @@ class Arguments:
     values: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
 
-    def optional(self, key: str) -> str | None:
-        """The value of a key, None where it was not given."""
-        return self.values[key][0] if key in self.values else None
+    def optional(self, key: str, kind: Kind = plain, default: Any = None) -> Any:
+        """The value of a key, the default where it was not given. Raises ConfigError."""
+        return kind(f"{key}=", self.values[key][0]) if key in self.values else default
 
-    def required(self, key: str, *, example: str) -> str:
+    def required(self, key: str, kind: Kind = plain, *, example: str) -> Any:
         """The value of a key that must be there. Raises ConfigError."""
-        return self.all(key, example=example)[0]
+        return kind(f"{key}=", self.all(key, example=example)[0])
 
     def all(self, key: str, *, example: str) -> list[str]:
         """The values of a repeatable key that must be there at least once. Raises ConfigError."""
         if key not in self.values:
-            raise ConfigError(f"vlm-train {self.verb} needs {key}=...", allowed=example,
+            raise ConfigError(f"vlm-train {self.verb} needs {key}=...", got=f"no {key}=", allowed=example,
                               remedy=f"vlm-train {self.verb} --help")  # fmt: skip
         return self.values[key]
-
-    def count(self, key: str, default: int) -> int:
-        """The value of a key that counts something. Raises ConfigError below 1."""
-        text = self.optional(key)
-        if text is None:
-            return default
-        if not text.isdecimal() or int(text) < 1:
-            raise ConfigError(f"{key}= is no count", got=text, allowed="1, 2, 3, ...", remedy=f"{key}={default}")
-        return int(text)
 
 
 def parse(
@@ -78,7 +71,8 @@ def parse(
 
 def _add(found: Arguments, key: str, value: str, is_repeatable: bool) -> None:
     if not value:
-        raise ConfigError(f"{key}= has no value", got=f"{key}=", remedy=f"{key}=... or leave it out")
+        raise ConfigError(f"{key}= has no value", got=f"{key}=", allowed=f"{key}=VALUE",
+                          remedy=f"give {key}= a value, or leave it out")  # fmt: skip
     if key in found.values and not is_repeatable:
         raise ConfigError(f"{key}= is given twice", got=f"{found.values[key][0]} and {value}", allowed="one value",
                           remedy=f"leave out one {key}=")  # fmt: skip

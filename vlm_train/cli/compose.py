@@ -9,31 +9,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlm_train.cli.overrides import is_group, read, split_config_dir
 from vlm_train.cli.paths import conf_dir, groups
-from vlm_train.errors import ConfigError, nearest
-from vlm_train.locations import scrubbed
+from vlm_train.errors import ConfigError, VlmError, nearest
 from vlm_train.schema import Config, check, flatten
 
 
 def compose_config(words: Sequence[str], *, checked: bool = True) -> DictConfig:
     """The config that these command-line words describe. Raises ConfigError."""
-    given, extra = _split_config_dir(words)
-    overrides = [_readable(word) for word in given]
+    given, extra = split_config_dir(words)
+    overrides = [read(word).input_line or word for word in given]
     search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
     try:
         config = _compose([*search, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except VlmError:
+        raise
+    except Exception as error:  # Hydra, OmegaConf and YAML raise whatever they like on what they did not expect
         raise _explain(error, overrides, search) from error
     if checked:
         check(config)
@@ -49,74 +49,64 @@ def _compose(overrides: list[str]) -> DictConfig:
     choice = full.hydra.runtime.choices.get("experiment")
     config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
     if config.run.experiment is None:
-        config.run.experiment = choice or "default"
-    OmegaConf.resolve(config)
-    for key in map(str, config):  # `+key=value` can add to the root, where nothing would ever read it
-        if key not in Config.__dataclass_fields__:
-            raise ConfigError(f"no such key: {key}", got=f"+{key}", allowed=", ".join(Config.__dataclass_fields__))
+        config.run.experiment = re.sub(r"\W+", "-", str(choice)).strip("-") if choice else "default"
+    resolve(config)
     return config
 
 
-def _readable(word: str) -> str:
-    """The word as Hydra's grammar reads it: a text that the grammar cannot read, like a brace pattern, is quoted."""
-    key, separator, value = word.partition("=")
-    if not separator and not word.startswith("~"):
-        raise ConfigError("not an override", got=word, allowed="group=choice or key=value", remedy=f"{word}=...")
+def resolve(config: DictConfig) -> None:
+    """Puts the value of another key wherever `${KEY}` stands for it. Raises ConfigError."""
     try:
-        OverridesParser.create().parse_override(word)
-        return word
-    except HydraException:
-        if value.startswith(("[", "'", '"')):
-            raise ConfigError(
-                "an override cannot be parsed",
-                got=scrubbed(word),
-                allowed="key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"', 'key=[\"https://a/b?c=d\"]'",
-            ) from None
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
-
-
-def _split_config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Takes `--config-dir DIR` or `--config-dir=DIR` out of the words."""
-    rest: list[str] = []
-    found: str | None = None
-    pending = iter(words)
-    for word in pending:
-        if word == "--config-dir":
-            found = next(pending, None)
-        elif word.startswith("--config-dir="):
-            found = word.partition("=")[2]
-        else:
-            rest.append(word)
-    if found is not None and not Path(found).is_dir():
+        OmegaConf.resolve(config)
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(
-            "--config-dir is no folder", got=found, allowed="a folder that holds group folders like conf/"
-        )
-    return rest, str(Path(found).resolve()) if found else None
+            f"{_unresolved(config) or 'the config'} cannot be resolved: {_first_line(error)}",
+            got="${...}",
+            allowed="${KEY} of a key that is there",
+            remedy="vlm-train configs keys",
+        ) from error
+
+
+def _unresolved(node: Any, where: str = "") -> str | None:
+    """The first key below a node whose `${...}` has no value."""
+    for name in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        key = f"{where}.{name}" if where else str(name)
+        try:
+            value = None if OmegaConf.is_missing(node, name) else node[name]
+        except (OmegaConfBaseException, RecursionError):
+            return key
+        is_own = OmegaConf.is_config(value) and not OmegaConf.is_interpolation(node, name)
+        found = _unresolved(value, key) if is_own else None
+        if found is not None:
+            return found
+    return None
 
 
 def _explain(error: Exception, overrides: list[str], search: list[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) or "Could not find" in str(error):
         return _explain_choice(error)
-    if "Ambiguous value" in str(error):
-        word = str(error).splitlines()[0].partition("'")[2].rstrip("'")
-        return ConfigError(
-            "a comma outside quotes is ambiguous", got=word, allowed="'key=[a,b]' for a list, 'key=\"a,b\"' for a text"
-        )
     key = _key_of(error)
     if key is None:
-        return ConfigError(f"the config does not compose: {_first_line(error)}", remedy="vlm-train configs list")
+        return ConfigError(
+            f"the config does not compose: {_first_line(error)}",
+            got=" ".join(overrides) or "no words",
+            allowed="group=choice and key=value, and files of these",
+            remedy="vlm-train configs list",
+        )
     if _is_unknown_key(error):
-        return _explain_key(key, search + [word for word in overrides if _is_group(word)])
+        return _explain_key(key, search + [word for word in overrides if is_group(word)])
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     return ConfigError(
-        f"{key} cannot take this value: {_first_line(cause)}", remedy=f"vlm-train configs search {key.split('.')[-1]}"
+        f"{key} cannot take this value: {_first_line(cause)}",
+        got=next((word for word in reversed(overrides) if word.lstrip("+~").startswith(key)), key),
+        allowed="a value of the type of this key",
+        remedy=f"vlm-train configs search {key.split('.')[-1]}",
     )
 
 
 def _explain_choice(error: Exception) -> ConfigError:
     name = str(getattr(error, "missing_cfg_file", None) or _first_line(error))
-    group, _, choice = name.rpartition("/")
+    group, _, choice = name.partition("/") if "/" in name else ("", "", name)
     known = list(getattr(error, "options", None) or groups().get(group, []))
     close = nearest(choice, known)
     return ConfigError(
@@ -133,14 +123,14 @@ def _explain_key(key: str, group_overrides: list[str]) -> ConfigError:
         known = list(flatten(config))
         parents = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
         close = nearest(key, [*known, *parents, *groups()])
-    except (HydraException, OmegaConfBaseException):
+    except Exception:  # as above; a wrong key can be told without the nearest one
         close = []
     remedy = (
         f"{close[0]}=... (defined in {defining_file(close[0])})"
         if close
         else f"vlm-train configs search {key.split('.')[-1]}"
     )
-    return ConfigError(f"no such key: {key}", got=key, allowed=", ".join(close) or None, remedy=remedy)
+    return ConfigError(f"no such key: {key}", got=key, allowed=", ".join(close) or "a key of the config", remedy=remedy)
 
 
 def defining_file(key: str) -> str:
@@ -151,10 +141,6 @@ def defining_file(key: str) -> str:
         if path.is_file() and leaf.search(path.read_text()):
             return f"conf/{path.relative_to(conf_dir())}"
     return "vlm_train/schema.py"
-
-
-def _is_group(word: str) -> bool:
-    return word.partition("=")[0].lstrip("+~") in groups()
 
 
 def _key_of(error: Exception) -> str | None:
@@ -177,4 +163,4 @@ def _is_unknown_key(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from vlm_train.cli import shards
-from vlm_train.cli.options import Action, Ticker, arguments
+from vlm_train.cli.options import Action, Option, arguments, count, local, out_folder, plain, share, whole
+from vlm_train.cli.progress import Ticker
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
 
@@ -32,61 +32,73 @@ SHARDS are tars, .beton files, folders of these or of images, globs, 'path/{0000
 (https:// s3:// gs://)"""
 
 
+_LARGEST_SIDE = 8192  # what is larger is not read
+_MOST_SCENES = 99_999_999  # their keys have eight digits
+_LOWEST_SEED, _HIGHEST_SEED = -(2**63), 2**63 - 1
+
+
 def main(words: list[str]) -> int:
     """Runs the verb."""
-    if not words or words[0] in ("-h", "--help") or words[-1] in ("-h", "--help"):
+    if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
     actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS}
-    return _choose(actions, words[0], "vlm-train data")(words[1:]) or 0
+    return _choose(actions, words, "vlm-train data")(words[1:]) or 0
 
 
-def _choose(actions: Mapping[str, Action], name: str, verb: str) -> Action:
+def _choose(actions: Mapping[str, Action], words: list[str], verb: str) -> Action:
+    name = words[0] if words else ""
     if name not in actions:
         close = nearest(name, actions)
-        raise ConfigError(f"{verb} does not know this", got=name, allowed=", ".join(actions),
+        raise ConfigError(f"{verb} does not know this", got=name or "nothing", allowed=", ".join(actions),
                           remedy=f"{verb} {close[0]}" if close else "vlm-train data --help")  # fmt: skip
     return actions[name]
 
 
 def _import(words: list[str]) -> None:
     importers = {"openmoji": _import_openmoji, "folder": _import_folder, "coco": _import_coco}
-    _choose(importers, words[0] if words else "", "vlm-train data import")(words[1:])
+    _choose(importers, words, "vlm-train data import")(words[1:])
 
 
 def _import_openmoji(words: list[str]) -> None:
     from vlm_train.data.openmoji import import_openmoji
 
-    (out,), options = arguments(words, ["OUT"], {"--size": 72})
-    _tell(import_openmoji(Path(out), size=int(options["--size"]), progress=Ticker("drawings")))
+    (out,), options = arguments(words, {"OUT": out_folder}, {"--size": Option(count(_LARGEST_SIDE), 72)})
+    _tell(import_openmoji(out, size=options["--size"], progress=Ticker("drawings")))
 
 
 def _import_folder(words: list[str]) -> None:
     from vlm_train.data.importers import import_folder
 
-    (folder, out), options = arguments(words, ["FOLDER", "OUT"], {"--val-fraction": 0.0})
-    _tell(import_folder(Path(folder), Path(out), val_fraction=options["--val-fraction"], progress=Ticker("images")))
+    known = {"--val-fraction": Option(share(zero=True, one=True), 0.0)}
+    (folder, out), options = arguments(words, {"FOLDER": local, "OUT": out_folder}, known)
+    _tell(import_folder(folder, out, val_fraction=options["--val-fraction"], progress=Ticker("images")))
 
 
 def _import_coco(words: list[str]) -> None:
     from vlm_train.data.importers import import_coco
 
-    (annotations, images, out), options = arguments(words, ["ANNOTATIONS", "IMAGES", "OUT"], {"--split": ""})
-    split = options["--split"] or None
-    _tell(import_coco(Path(annotations), Path(images), Path(out), split=split, progress=Ticker("images")))
+    places = {"ANNOTATIONS": local, "IMAGES": local, "OUT": out_folder}
+    (annotations, images, out), options = arguments(words, places, {"--split": Option(plain)})
+    _tell(import_coco(annotations, images, out, split=options["--split"], progress=Ticker("images")))
 
 
 def _make(words: list[str]) -> None:
-    _choose({"scenes": _make_scenes}, words[0] if words else "", "vlm-train data make")(words[1:])
+    _choose({"scenes": _make_scenes}, words, "vlm-train data make")(words[1:])
 
 
 def _make_scenes(words: list[str]) -> None:
-    from vlm_train.data.scenes.make import make_scenes
+    from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
 
-    defaults = {"--num-samples": 10_000, "--seed": 0, "--size": 64, "--val-fraction": 0.1}
-    (out,), options = arguments(words, ["OUT"], defaults)
+    known = {
+        "--num-samples": Option(count(_MOST_SCENES), 10_000),
+        "--seed": Option(whole(_LOWEST_SEED, _HIGHEST_SEED), 0),
+        "--size": Option(whole(SMALLEST_SIDE, _LARGEST_SIDE), 64),
+        "--val-fraction": Option(share(zero=True, one=False), 0.1),
+    }
+    (out,), options = arguments(words, {"OUT": out_folder}, known)
     summary = make_scenes(
-        Path(out),
+        out,
         num_samples=options["--num-samples"],
         seed=options["--seed"],
         size=options["--size"],

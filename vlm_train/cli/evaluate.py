@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.arguments import parse
+from vlm_train.cli.options import out_file
 from vlm_train.cli.paths import conf_dir, groups
 from vlm_train.cli.tables import describe
 from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
@@ -53,17 +54,15 @@ def main(words: list[str]) -> int:
         return 0
     arguments = parse(words, KEYS, verb="evaluate", rest=True)
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
-    out = arguments.optional("out")
-    if out is not None and not Path(out).expanduser().parent.is_dir():
-        raise ConfigError("out= cannot be written", got=out, allowed="a file in an existing folder")
+    out = arguments.optional("out", out_file)
 
     from vlm_train.engine import checkpoints
 
     config = override(run, arguments.overrides)
     checkpoint = choose_checkpoint(run, arguments.optional("checkpoint"))
     device = choose_device(arguments.optional("device"))
-    step, newest = checkpoints.step_of(checkpoint), checkpoints.committed(run.checkpoints)[-1]
-    is_own = not arguments.overrides and out is None and checkpoint.resolve() == newest.resolve()
+    step, newest = checkpoints.step_of(checkpoint.resolve()), checkpoints.committed(run.checkpoints)[-1:]
+    is_own = not arguments.overrides and out is None and [checkpoint.resolve()] == [path.resolve() for path in newest]
     with ExitStack() as stack:
         if is_own:
             _hold(run, stack)
@@ -83,9 +82,19 @@ def override(run: RunDirectory, words: list[str]) -> DictConfig:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from vlm_train.cli.compose import resolve
+    from vlm_train.cli.runs import saved_config
     from vlm_train.schema import Config, check
 
-    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run.config))
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(Config), saved_config(run))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{run.config} is not the config of this release",
+            got=str(error).splitlines()[0],
+            allowed="the config as vlm-train wrote it",
+            remedy="restore it, or train again",
+        ) from error
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
     parsed = sorted(map(_parsed, words), key=lambda item: item[0] != "evaluation")  # a choice first, its keys after it
@@ -93,26 +102,24 @@ def override(run: RunDirectory, words: list[str]) -> DictConfig:
         try:
             node = _choice(value) if key == "evaluation" else value
             OmegaConf.update(config, key, node, merge=False, force_add=is_new)
-        except OmegaConfBaseException as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # as in `compose`
             raise _not_taken(config, key, word, error) from error
-    OmegaConf.resolve(config)
+    resolve(config)
     check(config)
     return config
 
 
 def _parsed(word: str) -> tuple[str, Any, bool, str]:
     """(key, value, whether it is a new key, the word itself)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from vlm_train.cli.overrides import read
 
-    try:
-        found = OverridesParser.create().parse_override(word)
-    except OverrideParseException as error:
-        raise ConfigError("an override cannot be parsed", got=word,
-                          allowed="key=value; quote lists and spaces: 'key=[1,2]'") from error  # fmt: skip
+    found = read(word)
     key = str(found.key_or_group)
-    if found.is_delete() or found.is_sweep_override():
-        raise ConfigError("an override must give one value", got=word, allowed="key=value; a list is 'key=[1,2]'")
+    if found.is_delete():
+        raise ConfigError("`evaluate` takes nothing out of a config", got=word, allowed="key=value",
+                          remedy=f"{key}=VALUE")  # fmt: skip
     if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in OVERRIDABLE):
         raise ConfigError(
             f"`evaluate` cannot change {key}: it belongs to how the run was trained",
@@ -144,7 +151,9 @@ def _not_taken(config: DictConfig, key: str, word: str, error: Exception) -> Con
     from vlm_train.schema import flatten
 
     if OmegaConf.select(config, key) is not None:
-        return ConfigError(f"{key} cannot take this value: {str(error).splitlines()[0]}", got=word)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return ConfigError(f"{key} cannot take this value: {why}", got=word, allowed="a value of the type of this key",
+                           remedy=f"vlm-train configs search {key}")  # fmt: skip
     known = [name for name in flatten(OmegaConf.to_container(config)) if name.startswith(OVERRIDABLE)]
     close = nearest(key, known)
     return ConfigError(f"no such key: {key}", got=word, allowed=", ".join(close or known),
@@ -184,12 +193,12 @@ def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, resul
     write_report(run)
 
 
-def _write(results: Results, out: str | None, checkpoint: Path, words: list[str]) -> None:
+def _write(results: Results, out: Path | None, checkpoint: Path, words: list[str]) -> None:
     if out is None:
         print("\nnot written: this is not the run's own evaluation of its newest checkpoint; out=FILE keeps it")
         return
     document = {"checkpoint": str(checkpoint), "overrides": in_texts(scrubbed, words), "results": results}
-    Path(out).expanduser().write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten: {out}")
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vlm_train.cli.arguments import parse
+from vlm_train.cli.options import new_place
 from vlm_train.cli.trained import CHECKPOINT, RUN, choose_checkpoint, open_run
 from vlm_train.errors import ConfigError
 
@@ -29,9 +28,7 @@ def main(words: list[str]) -> int:
         return 0
     arguments = parse(words, KEYS, verb="export")
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
-    out = Path(arguments.required("out", example="out=DIR")).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("out= is in use", got=out, allowed="a new or empty folder", remedy=f"out={out}-2")
+    out = arguments.required("out", new_place, example="out=DIR")
 
     from transformers.utils import logging
 

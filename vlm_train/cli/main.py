@@ -6,12 +6,14 @@ Nothing heavy is imported before a verb is chosen: a bare `vlm-train` and `--hel
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from dataclasses import dataclass
 
 from vlm_train import __version__
-from vlm_train.errors import ConfigError, VlmError, nearest
+from vlm_train.cli.outcome import tell
+from vlm_train.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 1 a failure, 130 Ctrl-C after saving."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -61,15 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return importlib.import_module(_verb(words[0]).module).main(words[1:])
-    except VlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        return tell(error, words)
 
 
 def _verb(name: str) -> Verb:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.arguments import Arguments, parse
+from vlm_train.cli.options import count, out_file, plain
 from vlm_train.cli.tables import table
 from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
 from vlm_train.errors import ConfigError
@@ -43,9 +44,9 @@ def main(words: list[str]) -> int:
         return 0
     arguments = parse(words, KEYS, verb="predict", repeatable=("text",))
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
-    texts = arguments.all("text", example='text="a red car"')
+    texts = [plain("text=", text) for text in arguments.all("text", example='text="a red car"')]
     where = arguments.required("images", example="images=FOLDER, or images=SHARDS")
-    top, out = arguments.count("top", 8), _out_file(arguments)
+    top, out = arguments.optional("top", count(), 8), arguments.optional("out", _png)
 
     from vlm_train.data.gallery import open_gallery
 
@@ -66,15 +67,11 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _out_file(arguments: Arguments) -> Path | None:
-    """Refused before anything is computed if it could not be written."""
-    text = arguments.optional("out")
-    if text is None:
-        return None
-    path = Path(text).expanduser()
-    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise ConfigError("out= cannot be written", got=text, allowed="a PNG file in an existing folder",
-                          remedy="out=grid.png")  # fmt: skip
+def _png(name: str, text: str) -> Path:
+    path = out_file(name, text)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{name} is drawn as PNG", got=text, allowed="a name that ends in .png",
+                          remedy=f"{name}grid.png")  # fmt: skip
     return path
 
 
@@ -83,7 +80,7 @@ def _embed(run: Any, arguments: Arguments, gallery: Gallery, texts: list[str]) -
     import numpy as np
 
     from vlm_train import build
-    from vlm_train.cli.data import Ticker
+    from vlm_train.cli.progress import Ticker
     from vlm_train.data.transforms import EvalTransform, render
     from vlm_train.evaluation.base import Embedder
     from vlm_train.evaluation.search import index_pictures

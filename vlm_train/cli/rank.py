@@ -8,7 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from vlm_train.errors import VlmError
+from vlm_train.cli.outcome import tell
+from vlm_train.errors import ConfigError, VlmError
 from vlm_train.log import global_rank
 
 PR_SET_PDEATHSIG = 1
@@ -19,17 +20,24 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     from vlm_train import build
 
-    directory = Path(arguments[0])
-    checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
     try:
-        build.train(directory, checkpoint)
-    except VlmError as error:
-        if global_rank() == 0 or error.exit_code < 128:
-            print(f"error: [rank {global_rank()}] {error}", file=sys.stderr)
-        sys.stderr.flush()
+        build.train(*_places(arguments))
+    except Exception as error:
+        code = error.exit_code if isinstance(error, VlmError) else 1
+        if global_rank() == 0 or code < 128:
+            tell(error, arguments, who=f"[rank {global_rank()}] ")
         # other ranks may wait for this one in a collective; tearing the process group down would wait with them
-        os._exit(error.exit_code)
+        os._exit(code)
     return 0
+
+
+def _places(arguments: list[str]) -> tuple[Path, Path | None]:
+    """(run directory, checkpoint if one is named)."""
+    if not 1 <= len(arguments) <= 2 or not (Path(arguments[0]) / "config.yaml").is_file():
+        raise ConfigError("a rank needs the run that it trains", got=" ".join(arguments) or "none",
+                          allowed="python -m vlm_train.cli.rank RUN_DIR [CHECKPOINT], RUN_DIR with a config.yaml",
+                          remedy="vlm-train train ... makes the run, and starts its ranks")  # fmt: skip
+    return Path(arguments[0]), Path(arguments[1]) if len(arguments) == 2 else None
 
 
 def die_with_parent() -> None:

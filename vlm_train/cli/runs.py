@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
@@ -50,24 +53,43 @@ def choose_run(config: DictConfig) -> tuple[RunDirectory, Path | None]:
 
 
 def _named_by_path(config: DictConfig, path: Path) -> tuple[RunDirectory, Path | None]:
-    is_checkpoint = (path / "manifest.json").is_file()
-    run = RunDirectory(path.resolve().parent.parent if is_checkpoint else path)
+    at_checkpoint = is_checkpoint(path)
+    run = RunDirectory(path.resolve().parent.parent if at_checkpoint else path)
     if not run.config.is_file():
         raise ConfigError("run.resume names neither a run nor a checkpoint", got=path,
-                          allowed="auto, never, runs/<experiment>/<id> or .../checkpoints/step-XXXXXXXX")  # fmt: skip
-    if is_checkpoint:
+                          allowed="auto, never, runs/<experiment>/<id> or .../checkpoints/step-XXXXXXXX",
+                          remedy="run.resume=auto")  # fmt: skip
+    if at_checkpoint:
         checkpoints.verify(path)
     _refuse_other_config(config, run)
     config.run.dir, config.run.id = str(run.path), run.path.name
-    return run, path.resolve() if is_checkpoint else None
+    return run, path.resolve() if at_checkpoint else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint that was committed under the name of its step."""
+    return bool(re.fullmatch(r"step-\d+", path.resolve().name)) and (path / "manifest.json").is_file()
 
 
 def differences(config: DictConfig, run: RunDirectory) -> dict[str, tuple[object, object]]:
     """key -> (saved, now) for every key that says what is learned and has changed."""
-    saved = OmegaConf.load(run.config)
-    assert isinstance(saved, DictConfig)
-    before, now = learning_view(saved), learning_view(config)
+    before, now = learning_view(saved_config(run)), learning_view(config)
     return {key: (before.get(key), now.get(key)) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
+
+
+def saved_config(run: RunDirectory) -> DictConfig:
+    """What the run was started with. Raises ConfigError when nobody can read it."""
+    try:
+        saved = OmegaConf.load(run.config)
+        OmegaConf.resolve(saved)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        saved, why = None, str(error)
+    else:
+        why = "it holds no keys"
+    if not isinstance(saved, DictConfig) or not saved:
+        raise ConfigError(f"{run.config} is damaged", got=why, allowed="the config as vlm-train wrote it",
+                          remedy="restore it, or start another run: run.id=NAME")  # fmt: skip
+    return saved
 
 
 def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
@@ -82,8 +104,8 @@ def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
 
 
 def point_latest(run: RunDirectory) -> None:
-    """runs/<experiment>/latest -> this run, by rename. Runs outside runs/ have no pointer."""
-    if run.path.parent.parent.name != "runs":
+    """runs/<experiment>/latest -> this run, by rename. Runs outside runs/ have no pointer, nor has it one itself."""
+    if run.path.parent.parent.name != "runs" or run.path.name == "latest":
         return
     temporary = run.path.parent / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
@@ -93,9 +115,18 @@ def point_latest(run: RunDirectory) -> None:
 
 @contextmanager
 def locked(run: RunDirectory) -> Iterator[None]:
-    """Holds the run for this process. Raises ConfigError if another one holds it."""
-    run.create()
-    with open(run.path / ".lock", "a+") as file:
+    """Holds the run for this process. Raises ConfigError if another one holds it, or if it cannot be made."""
+    try:
+        run.create()
+        lock = open(run.path / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(
+            f"the run cannot be written: {error.strerror}",
+            got=f"run.dir={run.path}",
+            allowed="a folder, or a name that is not taken, where this user may write",
+            remedy="run.dir=runs/mine",
+        ) from error
+    with lock as file:
         _acquire(file, run)
         file.truncate(0)
         file.write(str(os.getpid()))

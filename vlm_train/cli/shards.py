@@ -3,60 +3,98 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from vlm_train.cli.options import Action, Ticker, arguments
+from vlm_train.cli.options import (
+    Action,
+    Option,
+    apart,
+    arguments,
+    choice,
+    count,
+    local,
+    new_place,
+    out_file,
+    out_folder,
+    plain,
+    share,
+)
+from vlm_train.cli.progress import Ticker
 from vlm_train.errors import ConfigError
+from vlm_train.locations import in_texts, is_remote, scrubbed
+
+if TYPE_CHECKING:
+    from vlm_train.data.verify import Verdict
 
 _SHOWN = 20
-_MODES = ("fast", "full", "sample")
+_SHARE, _MAX_SAMPLES = 0.01, 10_000
+_SHARDS = {"SHARDS": plain}
 
 
 def _index(words: list[str]) -> None:
     from vlm_train.data.indexing import open_manifest
 
-    shards, _ = arguments(words, ["SHARDS"], {}, many=True)
+    shards, _ = arguments(words, _SHARDS, {}, many=True)
     manifest = open_manifest(shards, progress=Ticker("MB indexed"))
     left_out = f", {manifest.num_errors} samples left out" if manifest.num_errors else ""
     print(f"{len(manifest)} samples in {len(manifest.shards)} shards{left_out}; manifest {manifest.fingerprint[:16]}")
 
 
 def _verify(words: list[str]) -> int:
-    from vlm_train.data.verify import Mode, verify
+    from vlm_train.data.verify import verify
 
-    defaults: dict[str, Any] = {"--mode": "fast", "--share": 0.01, "--selection": "", "--json": ""}
-    shards, options = arguments(words, ["SHARDS"], defaults, many=True)
-    if options["--mode"] not in _MODES:
-        raise ConfigError("no such mode", got=options["--mode"], allowed=", ".join(_MODES))
-    mode = cast(Mode, options["--mode"])
-    selection = Path(options["--selection"]) if options["--selection"] else None
-    verdict = verify(shards, mode=mode, selection=selection, share=options["--share"], progress=Ticker("samples"))
-    if options["--json"]:
-        Path(options["--json"]).write_text(json.dumps(verdict.as_dict(), indent=1) + "\n")
+    known = {
+        "--mode": Option(choice("fast", "full", "sample"), "fast"),
+        "--share": Option(share(zero=False, one=True)),
+        "--selection": Option(local),
+        "--json": Option(out_file),
+    }
+    shards, options = arguments(words, _SHARDS, known, many=True)
+    mode, part, out = options["--mode"], options["--share"], options["--json"]
+    if part is not None and mode != "sample":
+        raise ConfigError("--share is for --mode sample", got=f"--mode {mode} --share {part}", allowed="--mode sample",
+                          remedy="add --mode sample, or leave out --share")  # fmt: skip
+    if out is not None:
+        _apart_from(shards, "--json", out)
+    verdict = verify(
+        shards, mode=mode, selection=options["--selection"], share=part or _SHARE, progress=Ticker("samples")
+    )
+    if mode == "sample" and verdict.num_samples and not verdict.num_checked:
+        raise ConfigError("not one sample was drawn", got=f"--share {part or _SHARE} of {verdict.num_samples} samples",
+                          allowed="a share that draws some", remedy="a larger --share, or --mode full")  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps(in_texts(scrubbed, verdict.as_dict()), indent=1) + "\n")
+    _tell(verdict)
+    return 1 if verdict.problems else 0
+
+
+def _tell(verdict: Verdict) -> None:
     print(f"{verdict.num_samples} samples in {verdict.num_shards} shards, {verdict.num_left_out} left out by indexing")
-    if mode != "fast":
+    if verdict.mode != "fast":
         print(f"{verdict.num_checked} samples read and decoded")
     if verdict.highest_rate is not None:
         print(f"with 95 % confidence at most {100 * verdict.highest_rate:.2f} % of all samples cannot be used")
-    for reason, count in verdict.by_reason().items():
-        print(f"  {count:>8}  {reason}")
+    for reason, times in verdict.by_reason().items():
+        print(f"  {times:>8}  {reason}")
     for problem in verdict.problems[:_SHOWN]:
-        print(f"  {problem.shard} {problem.key}: {problem.reason}{f' ({problem.detail})' if problem.detail else ''}")
+        detail = f" ({scrubbed(problem.detail)})" if problem.detail else ""
+        print(f"  {problem.shard} {problem.key}: {problem.reason}{detail}")
     if len(verdict.problems) > _SHOWN:
         print(f"  and {len(verdict.problems) - _SHOWN} more; --json FILE lists all")
-    return 1 if verdict.problems else 0
 
 
 def _stats(words: list[str]) -> None:
     from vlm_train.cli.stats_page import lines, write_page
     from vlm_train.data.stats import statistics
 
-    shards, options = arguments(words, ["SHARDS"], {"--out": "stats.html"}, many=True)
+    shards, options = arguments(words, _SHARDS, {"--out": Option(out_file, Path("stats.html"))}, many=True)
+    out = _apart_from(shards, "--out", options["--out"])
     found = statistics(shards)
     print("\n".join(lines(found)))
-    write_page(Path(options["--out"]), " ".join(shards), found)
-    print(f"page: {options['--out']}")
+    write_page(out, scrubbed(" ".join(shards)), found)
+    print(f"page: {out}")
 
 
 def _select(words: list[str]) -> None:
@@ -65,49 +103,59 @@ def _select(words: list[str]) -> None:
     from vlm_train.data.indexing import open_manifest
     from vlm_train.data.select import select_rows
 
-    shards, options = arguments(words, ["SHARDS"], {"--where": "", "--weight": "", "--out": ""}, many=True)
-    _need(options, "--out")
-    if not (options["--where"] or options["--weight"]):
-        raise ConfigError("nothing is selected", allowed="--where CONDITION, --weight EXPRESSION, or both")
+    known = {"--where": Option(plain), "--weight": Option(plain), "--out": Option(out_folder)}
+    shards, options = arguments(words, _SHARDS, known, many=True)
+    out, where, weight = _needed(options, "--out", "DIR"), options["--where"], options["--weight"]
+    if where is None and weight is None:
+        raise ConfigError("nothing is selected", got="neither --where nor --weight",
+                          allowed="--where CONDITION, --weight EXPRESSION, or both",
+                          remedy='--where "width >= 256"')  # fmt: skip
     manifest = open_manifest(shards, progress=Ticker("MB indexed"))
     selection = select_rows(
-        manifest.parts,
-        np.diff(manifest.starts),
-        manifest=manifest.fingerprint,
-        where=options["--where"] or None,
-        weight=options["--weight"] or None,
+        manifest.parts, np.diff(manifest.starts), manifest=manifest.fingerprint, where=where, weight=weight
     )
-    selection.save(options["--out"])
+    selection.save(out)
     kept = selection.content.num_kept()
-    print(
-        f"{kept} of {len(manifest)} samples are kept, {len(selection)} in an epoch; data.selection={options['--out']}"
-    )
+    print(f"{kept} of {len(manifest)} samples are kept, {len(selection)} in an epoch; data.selection={out}")
 
 
 def _convert(words: list[str]) -> None:
     from vlm_train.data.convert import convert
 
-    defaults: dict[str, Any] = {"--out": "", "--selection": "", "--max-samples": 10_000}
-    shards, options = arguments(words, ["SHARDS"], defaults, many=True)
-    _need(options, "--out")
+    known = {"--out": Option(new_place), "--selection": Option(local), "--max-samples": Option(count())}
+    shards, options = arguments(words, _SHARDS, known, many=True)
+    out, max_samples = _needed(options, "--out", "FILE.beton|FOLDER"), options["--max-samples"]
+    if max_samples is not None and out.suffix == ".beton":
+        raise ConfigError("--max-samples is for tars", got=f"--out {out} --max-samples {max_samples}",
+                          allowed="a .beton holds all samples", remedy="leave out --max-samples")  # fmt: skip
     done = convert(
         shards,
-        Path(options["--out"]),
-        selection=Path(options["--selection"]) if options["--selection"] else None,
-        max_samples=options["--max-samples"],
+        out,
+        selection=options["--selection"],
+        max_samples=max_samples or _MAX_SAMPLES,
         progress=Ticker("samples"),
     )
-    print(f"{options['--out']}: {done.num_written} samples, {done.num_bytes / 1e6:.1f} MB")
+    print(f"{out}: {done.num_written} samples, {done.num_bytes / 1e6:.1f} MB")
     if done.num_pixels:
         print(f"{done.num_pixels} images are stored as pixels: FFCV decodes upright RGB JPEG alone")
     if done.num_errors:
         print(f"{done.num_errors} samples could not be converted: {done.errors}")
 
 
-def _need(options: dict[str, Any], *names: str) -> None:
-    for name in names:
-        if not options[name]:
-            raise ConfigError(f"{name} is missing", allowed=f"{name} ...", remedy="vlm-train data --help")
+def _needed(options: Mapping[str, Any], name: str, value: str) -> Path:
+    if options[name] is None:
+        raise ConfigError(f"{name} is missing", got=f"no {name}", allowed=f"{name} {value}",
+                          remedy=f"add {name} {value}")  # fmt: skip
+    return options[name]
+
+
+def _apart_from(shards: Sequence[str], name: str, path: Path) -> Path:
+    """The file to write; not one that is a shard, and so read. Shards are looked up only where a file is there."""
+    if not path.exists():
+        return path
+    from vlm_train.data.patterns import expand_shards
+
+    return apart(name, path, [shard for shard in expand_shards(shards) if not is_remote(shard)])
 
 
 ACTIONS: dict[str, Action] = {

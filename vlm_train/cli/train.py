@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlm_train.cli.options import Ticker
 from vlm_train.cli.paths import conf_dir, groups, headline
+from vlm_train.cli.progress import Ticker
 from vlm_train.cli.tables import describe
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, VlmError
 from vlm_train.log import get_logger
 
 LOG = get_logger(__name__)
@@ -30,7 +30,7 @@ def main(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(usage())
         return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "`vlm-train train` starts its own ranks", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment",
             allowed="one process", remedy="vlm-train train trainer.devices=N strategy=ddp",
@@ -39,6 +39,7 @@ def main(words: list[str]) -> int:
     from vlm_train.cli.runs import choose_run, locked
 
     config = compose_config(words)
+    _try_parts(config)
     run, checkpoint = choose_run(config)
     with locked(run):
         return _run(config, run, checkpoint, words)
@@ -88,6 +89,21 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     if code == 0:
         print(summary(run))
     return code
+
+
+def _try_parts(config: Any) -> None:
+    """Makes what needs neither data nor tokenizer, for its refusals: before a run is there, and not after indexing."""
+    from vlm_train import build
+
+    for name in ("objective", "optim", "schedule"):
+        try:
+            build.make(config[name])
+        except VlmError:
+            raise
+        except Exception as error:  # a value that the class did not expect
+            raise ConfigError(f"{name} cannot be built: {error}", got={key: config[name][key] for key in config[name]},
+                              allowed=f"the keys and values of {config[name]['_target_']}",
+                              remedy=f"vlm-train configs show {name}/CHOICE") from error  # fmt: skip
 
 
 def summary(run: Any) -> str:

@@ -35,6 +35,7 @@ def open_run(path: str) -> RunDirectory:
 
 def choose_checkpoint(run: RunDirectory, path: str | None) -> Path:
     """The checkpoint `path`, or the newest one; verified. Raises ConfigError or CheckpointError."""
+    from vlm_train.cli.runs import is_checkpoint
     from vlm_train.engine import checkpoints
 
     if path is None:
@@ -43,7 +44,7 @@ def choose_checkpoint(run: RunDirectory, path: str | None) -> Path:
             raise CheckpointError(f"{run.path} has no checkpoint yet", remedy="train it: the same command resumes it")
         return found
     chosen = Path(path) if Path(path).is_dir() else run.checkpoints / path
-    if not (chosen / "manifest.json").is_file():
+    if not is_checkpoint(chosen):
         names = ", ".join(found.name for found in checkpoints.committed(run.checkpoints))
         raise ConfigError(f"{path} is no checkpoint", got=f"checkpoint={path}", allowed=names or "none is there yet",
                           remedy="leave out checkpoint= for the newest")  # fmt: skip

@@ -26,10 +26,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.checks import MAX_DENOMINATOR, check_weights
 from vlm_train.data.order import Replacements, Stream
 from vlm_train.errors import ConfigError
-
-MAX_DENOMINATOR = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +132,7 @@ def numerators(weights: Mapping[str, float]) -> list[int]:
     Raises:
         ConfigError: a weight is not a number above 0, or smaller than 1/65,536 of all.
     """
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ConfigError(
-                f"source `{name}` cannot have this weight",
-                got=repr(weight),
-                allowed="a number above 0; weights are relative to each other",
-                remedy=f"to train without `{name}`, take it out of the mixture",
-            )
+    check_weights(weights)
     exact = [Fraction(str(weight)) for weight in weights.values()]
     scale = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
@@ -153,14 +145,6 @@ def numerators(weights: Mapping[str, float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda number: (rounded[number] - shares[number], names[number]))
     for number in by_remainder[: MAX_DENOMINATOR - sum(rounded)]:
         rounded[number] += 1
-    for name, times in zip(names, rounded, strict=True):
-        if not times:
-            raise ConfigError(
-                f"the weight of source `{name}` is too small beside the others",
-                got=f"{weights[name]} of {sum(weights.values())}",
-                allowed=f"at least 1/{MAX_DENOMINATOR} of the sum of the weights",
-                remedy=f"raise the weight of `{name}`, or take it out of the mixture",
-            )
     return rounded
 
 

@@ -7,19 +7,24 @@ import itertools
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from vlm_train.data import braces
 from vlm_train.data.files import StorageOptions
 from vlm_train.data.records import image_files
 from vlm_train.data.tables import TABLES
 from vlm_train.errors import DataError
-from vlm_train.locations import SCHEMES, is_remote, name_of, shown
+from vlm_train.locations import SCHEMES, is_remote, name_of, server_of, shown
 
 SUFFIXES = (".tar", ".beton")
 """What a folder is searched for; where it has files of the first kind, those of the second are left alone."""
 
 _SHOWN = 10
+_ENOUGH = 10_000  # so many are missing that nobody wants to know the rest
+_MAX_NAMES = 1_000_000
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -47,22 +52,31 @@ def expand_shards(patterns: str | Sequence[str], options: StorageOptions | None 
     """
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
     found: dict[str, None] = {}
-    missing: list[str] = []
-    for pattern in itertools.chain.from_iterable(_patterns(str(item)) for item in listed):
-        for name in _braces(pattern):
-            matches = _remote_matches(name, options or StorageOptions()) if _scheme(name) else _matches(name)
-            found |= dict.fromkeys(matches)
-            missing += [] if matches else [shown(name)]
+    missing: list[str] = []  # the first of them
+    num_missing = 0
+    for name in _names([pattern for item in listed for pattern in _patterns(str(item))]):
+        matches = _remote_matches(name, options or StorageOptions()) if _scheme(name) else _matches(name)
+        found |= dict.fromkeys(matches)
+        num_missing += not matches
+        if not matches and num_missing <= _SHOWN:
+            missing.append(shown(name) or "an empty pattern")
+        if num_missing == _ENOUGH:
+            break
     if missing or not found:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise DataError(
-            f"{len(missing)} shards are missing" if missing else "no shards are given",
-            got=", ".join(missing[:_SHOWN]) + more if missing else repr(patterns),
-            allowed="paths, https://, s3:// and gs:// URLs, globs, folders of *.tar or *.beton, folders of images with "
-            "captions, {00000..00012} ranges, joined by ::",
-            remedy="correct the paths in `data.train.shards` / `data.val.shards`, or shorten the range",
-        )
+        raise _nothing_there(patterns, missing, num_missing)
     return list(found)
+
+
+def _nothing_there(patterns: str | Sequence[str], missing: Sequence[str], num_missing: int) -> DataError:
+    more = f" and {num_missing - len(missing)} more" if num_missing > len(missing) else ""
+    at_least = " or more" if num_missing == _ENOUGH else ""
+    return DataError(
+        f"{num_missing}{at_least} shards are missing" if missing else "no shards are given",
+        got=", ".join(missing) + more if missing else repr(patterns),
+        allowed="paths, https://, s3:// and gs:// URLs, globs, folders of *.tar or *.beton, folders of images with "
+        "captions, {00000..00012} ranges, joined by ::",
+        remedy="correct the paths in `data.train.shards` / `data.val.shards`, or shorten the range",
+    )
 
 
 def _patterns(text: str) -> Iterator[str]:
@@ -80,21 +94,24 @@ def _patterns(text: str) -> Iterator[str]:
     yield pattern.strip()
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """Every name that `{00000..00012}` and `{a,b}` stand for; a range keeps its leading zeros."""
+def _names(patterns: Sequence[str]) -> Iterator[str]:
+    """What the braces of the patterns stand for. How many names there are is known before the first one is made."""
+    expressions = [braces.parse(pattern, _end_of_path(pattern)) for pattern in patterns]
+    num_names = sum(map(braces.num_names, expressions))
+    if num_names > _MAX_NAMES:
+        raise DataError(
+            "a range of shards is too long",
+            got=f"{', '.join(map(shown, patterns[:_SHOWN]))}: {num_names:,} names",
+            allowed=f"at most {_MAX_NAMES:,} names in all",
+            remedy="shorten the range, or name a folder or a glob",
+        )
+    return itertools.chain.from_iterable(map(braces.names, expressions))
+
+
+def _end_of_path(pattern: str) -> int:
+    """Where the query of an HTTP URL begins, in which a comma is no choice; else the end."""
     end = pattern.find("?") if _is_web(pattern) else -1
-    end = end if end >= 0 else len(pattern)
-    match = re.search(r"\{([^{}]*)\}", pattern[:end]) or re.search(r"\{(\d+\.\.\d+)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        choices = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    return end if end >= 0 else len(pattern)
 
 
 def _scheme(name: str) -> str | None:
@@ -120,14 +137,33 @@ def _is_web(name: str) -> bool:
 
 def _matches(name: str) -> list[str]:
     name = os.path.expanduser(name)
-    if not os.path.isdir(name):
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        return [os.path.abspath(match) for match in matches if match == name or os.path.isfile(match)]
+    kind = _kind_of(name)
+    if kind is None and not glob.has_magic(name):
+        return []
+    if kind is None:
+        return [os.path.abspath(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
+    if stat.S_ISREG(kind):
+        return [os.path.abspath(name)]
+    if not stat.S_ISDIR(kind):
+        raise DataError(
+            "a shard is neither a file nor a folder",
+            got=name,
+            allowed="files that can be read again and again: no pipes and devices",
+            remedy="write it into a file first",
+        )
     folder = os.path.abspath(name)
     for suffix in SUFFIXES:
         if shards := sorted(glob.glob(os.path.join(glob.escape(folder), f"*{suffix}"))):
             return shards
     return [folder] if _is_table(Path(folder)) else []
+
+
+def _kind_of(path: str) -> int | None:
+    """The mode of a file, None where there is none: one look, since a range may name a million."""
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: no path, such as one with a NUL
+        return None
 
 
 def _is_table(folder: Path) -> bool:
@@ -137,7 +173,24 @@ def _is_table(folder: Path) -> bool:
     return any(image.with_suffix(".txt").is_file() for image in image_files(folder))
 
 
+def _check_url(name: str) -> None:
+    """Refuses what no server could be asked for."""
+    why = "" if server_of(name).partition("://")[2] else "it names no host and no bucket"
+    try:
+        port = urlsplit(name).port if _is_web(name) else None
+    except ValueError:  # brackets that hold no address, or a port that is no number; it may quote a password
+        port = 0
+    if why or port == 0:
+        raise DataError(
+            f"a URL leads nowhere: {why or 'its host or port cannot be'}",
+            got=shown(name),
+            allowed="https://host/path.tar, http://host:8000/path.tar, s3://bucket/path.tar, gs://bucket/path.tar",
+            remedy="correct the URL; signs like @ : / in a password are written as %40 %3A %2F",
+        )
+
+
 def _remote_matches(name: str, options: StorageOptions) -> list[str]:
+    _check_url(name)
     last = name_of(name)
     path, query = (name.partition("?")[0], "?" in name) if _is_web(name) else (name, False)
     wild = any(sign in path.partition("://")[2].partition("/")[2] for sign in ("*[" if _is_web(name) else "*?["))

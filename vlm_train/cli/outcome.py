@@ -1,0 +1,54 @@
+"""What is printed of an error, and the exit code it means: 2 the user's mistake, 1 a failure.
+
+Whatever is printed here is `scrubbed`, once and for all: an error may quote any word of the command line, and a word
+may be a URL with a password. Where it was taken apart on the way (`data=https://me:hush@h/x` is a choice of a group
+to Hydra), the secrets of the words themselves are looked for.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+from vlm_train.errors import VlmError
+from vlm_train.locations import SCHEMES, scrubbed
+
+_COLLAPSED = re.compile(rf"\b({'|'.join(SCHEMES)}):/(?!/)", re.IGNORECASE)
+_HIDDEN = "***"
+_SHORTEST = 6  # what is shorter cannot be told from other text when it stands alone
+
+
+def tell(error: Exception, words: Sequence[str] = (), *, who: str = "") -> int:
+    """Prints an error to stderr and returns the exit code. One that nobody foresaw keeps its traceback."""
+    if isinstance(error, OSError):
+        where = error.filename if error.filename is not None else error
+        error = VlmError(f"the system refused: {error.strerror or type(error).__name__}", got=where,
+                         remedy="mend that, then run the same command again")  # fmt: skip
+    if isinstance(error, VlmError):
+        text, code = f"error: {who}{error}", error.exit_code
+    else:
+        text, code = "".join(traceback.format_exception(error)).rstrip(), 1
+    print(concealed(text, words), file=sys.stderr, flush=True)
+    return code
+
+
+def concealed(text: str, words: Sequence[str] = ()) -> str:
+    """A text in which every URL is `shown`, and which holds no secret of a URL in `words`, whole or in pieces."""
+    text = scrubbed(_COLLAPSED.sub(r"\1://", text))  # a path keeps one slash of two
+    secrets = {secret for word in words for secret in _secrets(word)}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN)
+    return text
+
+
+def _secrets(word: str) -> Iterator[str]:
+    """User and password, queries and the values in them, of every URL in a word of the command line."""
+    for url in re.split(r"(?=[A-Za-z][A-Za-z0-9+.-]*://)", word)[1:]:
+        place, _, query = re.split(r"[\s'\"\]}]", url.partition("://")[2])[0].partition("?")
+        account = place.rpartition("@")[0]  # or the way to an @ in the path: told by a host and a port before it
+        password = "" if re.match(r"\[|[^/:]*(:\d+)?(/|$)", account) else account.partition(":")[2]
+        yield from (part for part in (account if password else "", query) if part)
+        values = (pair.partition("=")[2] for pair in re.split("[&;]", query))
+        yield from (piece for piece in (password, *values) if len(piece) >= _SHORTEST)
