@@ -188,6 +188,9 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
         world_size=placement.world_size,
         seed=config.seed,
     )
+    if config.precision.name == "fp64":  # before Lightning converts them, which it does after it has read a checkpoint
+        parts.model.double()
+        parts.objective.double()
     return TrainingModule(
         model=parts.model,
         objective=parts.objective,

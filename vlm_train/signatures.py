@@ -41,7 +41,11 @@ def _check_target(node: dict[str, Any], where: str) -> None:
     if not target.startswith("vlm_train."):
         raise ConfigError(f"{where}._target_ names code outside vlm_train", got=target, allowed="vlm_train.*",
                           remedy="wrap it in a small class of this package, so that its keys are checked")  # fmt: skip
-    parameters = signature_of(target)
+    try:
+        parameters = signature_of(target)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error.what}", got=error.got, allowed=error.allowed,
+                          remedy="vlm-train configs list tells the choices that are there") from None  # fmt: skip
     allowed = {parameter.name for parameter in parameters}
     # the tokenizer is a sibling that the model group carries because both must agree; build.py takes it out
     given = {str(key) for key in node if not str(key).startswith("_")} - ({"tokenizer"} if where == "model" else set())

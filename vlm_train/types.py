@@ -60,7 +60,7 @@ class TextSpec:
 class RawSample:
     """One record as it lies in a source: undecoded bytes by part name (`jpg`, `txt`, `json`, `0.jpg`, ...)."""
 
-    uid: bytes  # 16 bytes: the first 128 bits of sha256(image bytes + caption bytes)
+    uid: bytes  # 16 bytes: the first 128 bits of sha256 over every part, with its role and length
     key: str
     shard: str
     parts: dict[str, bytes]

@@ -23,7 +23,7 @@ def words(data: Path, run: Path, *extra: str, max_steps: int = 24) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [(), DDP], ids=["one-process", "two-processes"])
+@pytest.mark.parametrize("machine", [(), DDP, ("precision=fp64",)], ids=["one-process", "two-processes", "fp64"])
 def test_a_run_killed_three_times_tells_the_same_story(tmp_path: Path, scenes: Path, machine: tuple[str, ...]) -> None:
     """The short form of scripts/proof/kill_resume.py."""
     untouched, killed, other = tmp_path / "untouched", tmp_path / "killed", tmp_path / "other"

@@ -27,7 +27,7 @@ Data = Mapping[str, Any]
 def manifests(data: Data, split: str, progress: Progress | None = None) -> Iterator[Manifest]:
     """The manifest of each source of a split, made where it is not there; none where the split is streamed."""
     if split == "train" and data["streaming"]:
-        tars(data["train"]["shards"])  # a missing shard is an error before the run starts
+        tars(data["train"]["shards"], _options(data))  # a missing shard is an error before the run starts
         return
     for _, source in _named(data[split]["shards"], None):
         yield open_manifest(source["shards"], progress, _options(data))
@@ -52,6 +52,7 @@ def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int,
             encoder=encoder,
             rank=rank,
             world_size=world_size,
+            options=_options(data),
         )
     named = _named(data["train"]["shards"], data["selection"])
     ingredients = [_ingredient(data, name, source, spec) for name, source in named]
@@ -61,7 +62,8 @@ def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int,
 def train_captions(data: Data) -> CaptionStream:
     """What a tokenizer is trained on: the captions of all sources, whatever a selection says."""
     if data["streaming"]:
-        tapes = ShuffledTapes(tars(data["train"]["shards"]), seed=0, buffer=0)
+        options = _options(data)
+        tapes = ShuffledTapes(tars(data["train"]["shards"], options), seed=0, buffer=0, options=options)
         return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), MAX_SAMPLES))
     named = _named(data["train"]["shards"], None)
     sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
