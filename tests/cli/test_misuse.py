@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from vlm_train.cli.compose import compose_config
+from vlm_train.cli.evaluate import override
 from vlm_train.cli.main import main
 from vlm_train.cli.outcome import concealed, tell
+from vlm_train.cli.runs import locked
 from vlm_train.data.writer import ShardWriter
-from vlm_train.errors import DataError
+from vlm_train.engine.rundir import RunDirectory
+from vlm_train.errors import ConfigError, DataError
 from vlm_train.log import get_logger
 
 URL = "https://me:hushhush@h:9/dir/x.tar?X-Amz-Signature=hushhush2&sig=hushhush3"
@@ -168,6 +174,55 @@ def test_a_share_that_draws_nothing_is_no_clean_bill(scenes: Path, capsys: pytes
     assert main(["data", "verify", str(scenes / "train"), "--mode", "sample", "--share", "1e-9"]) == 2
     assert "not one sample was drawn" in capsys.readouterr().err
     assert main(["data", "verify", str(scenes / "train"), "--mode", "sample", "--share", "0.2"]) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that was started and no more."""
+    found = RunDirectory(tmp_path_factory.mktemp("run"))
+    OmegaConf.save(compose_config(["experiment=quickstart"]), found.config)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("evaluation=[a]", "no such choice"),
+        ("evaluation=../model/clip_tiny", "evaluation cannot take this value"),
+        ("data.val=5", "data.val cannot take this value"),
+        ("data.val.shards=7", "data.val.shards names no shards"),
+        ("data.val.shards={a: {shards: x}}", "data.val.shards is a mixture"),
+        ("+data.val.x=1", "no such key: data.val.x"),
+        ("evaluation.batch_size=0", "evaluation.batch_size is out of range"),
+        ("evaluation.batch_size.x=5", "no such key: evaluation.batch_size.x"),
+        ("+evaluation.evaluators.x=5", "evaluation.evaluators.x is no evaluator"),
+        ("data.classes=${nope}", "data.classes cannot be resolved"),
+        ("~data.classes", "takes nothing out"),
+        ("optim.lr=1", "how the run was trained"),
+    ],
+)
+def test_what_evaluate_cannot_override_is_named(run: RunDirectory, word: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        override(run, [word])
+    assert None not in (caught.value.got, caught.value.allowed, caught.value.remedy)
+
+
+def test_a_brace_pattern_needs_no_second_quoting_in_evaluate(run: RunDirectory) -> None:
+    assert override(run, ["data.val.shards={0..3}.tar"]).data.val.shards == "{0..3}.tar"
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "seed: ${x}", "foo: 1", "seed: abc"])
+def test_a_damaged_config_of_a_run_is_told(tmp_path: Path, text: str) -> None:
+    found = RunDirectory(tmp_path)
+    found.config.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is (damaged|not the config of this release)"):
+        override(found, [])
+
+
+def test_a_run_that_cannot_be_made_is_refused(place: Path) -> None:
+    for name in ("file", "file/run"):
+        with pytest.raises(ConfigError, match="the run cannot be written"), locked(RunDirectory(name)):
+            pass
 
 
 def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:

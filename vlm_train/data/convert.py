@@ -2,7 +2,7 @@
 
 The bytes of images and texts are kept where the target can hold them. A sample that cannot be read, decoded or held is
 written with its reason to `OUT.errors.jsonl` and left out; nothing waits for it. The order of the samples is that of
-the manifest, so a selection's rows keep their order, and a JPEG keeps its uid.
+the manifest, so a selection's rows keep their order, and a sample whose parts are all kept keeps its uid.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ What is weaker than in our loader:
 - JPEGs are decoded by libjpeg-turbo's quick transform: up to 14 grey levels from the exact one that evaluation takes.
 - A damaged JPEG is not noticed, for FFCV ignores what libjpeg-turbo answers: whatever lay in the buffer is trained on,
   nothing is replaced and nothing stands in data_errors.jsonl. `vlm-train data verify` finds such samples beforehand.
-- Image bytes are not checked against the uid, and colours are left alone.
+- Nothing is compared with the uid, and colours are left alone.
 - One .beton on a local disk, one source; the last batch of an epoch cannot be padded.
 - FFCV holds two dicts and a set per allocation in each rank: about 0.8 GB for a million samples of three fields.
 
