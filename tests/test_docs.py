@@ -179,7 +179,7 @@ def test_excerpts_are_in_the_files(path: Path) -> None:
 def test_a_changed_excerpt_is_noticed() -> None:
     quoted = excerpts(text_of("adding-a-loss.md"))
     assert [file for file, _ in quoted] == [
-        "vlm_train/objectives/sigmoid.py",
+        "vlm_train/objectives/pairing.py",
         "vlm_train/objectives/sigmoid.py",
         "conf/objective/sigmoid.yaml",
         "tests/objectives/test_contrastive.py",

@@ -75,6 +75,10 @@ class BatchRows(TypedDict, total=False):
     weights: Tensor  # [B] float32; 0 marks a padding row that must not count
     uids: Tensor  # [B, 2] int64, the 128 bits of the uid
     labels: Tensor  # [B] int64, -1 where the sample has none
+    hard_text_ids: Tensor  # [B, H, T] int64, captions that are almost right
+    hard_text_mask: Tensor  # [B, H, T] bool, True on real tokens
+    hard_counts: Tensor  # [B, H] bool, False where a sample has fewer than H
+    contents: Tensor  # [B, 2] int64: hashes of the image and of the caption
     captions: list[str]  # the caption that text_ids encodes
     all_captions: list[list[str]]  # every caption of the sample (evaluation only)
     keys: list[str]

@@ -215,3 +215,37 @@ def test_a_worker_hands_over_memory_and_not_copies():
 def test_labels_are_integers_or_absent():
     raws = [raw_of(label=label) for label in (7, True, "7", None, 1.0, 1 << 64)]
     assert batch_of(eval_encoder(), raws)["labels"].tolist() == [7, -1, -1, -1, -1, -1]
+
+
+PLAIN = {"transform": EvalTransform(spec=SPEC), "tokenizer": ByteTokenizer()}
+
+
+def test_hard_captions_are_drawn_from_the_samples_own_and_stand_beside_its_caption():
+    negatives = ["a cat", "two dogs", "no dog at all, nowhere"]
+    raws = [raw_of(0, negatives=negatives), raw_of(1, negatives=negatives[:1]), raw_of(2)]
+    encoder = SampleEncoder(**PLAIN, hard_captions=2)
+    batch = batch_of(encoder, raws, visit=5)
+    assert batch["hard_text_ids"].shape == (3, 2, batch["text_ids"].shape[1]) == batch["hard_text_mask"].shape
+    assert batch["hard_counts"].tolist() == [[True, True], [True, False], [False, False]]
+    assert batch["text_mask"].shape == batch["text_ids"].shape and batch["text_mask"].any(1).all()
+    again = batch_of(encoder, raws, visit=5)
+    assert torch.equal(again["hard_text_ids"], batch["hard_text_ids"])
+    drawn = {tuple(batch_of(encoder, raws, visit=visit)["hard_text_ids"][0].flatten().tolist()) for visit in range(40)}
+    assert len(drawn) == 6  # every ordered pair of three comes up in 40 visits
+    assert "hard_text_ids" not in batch_of(SampleEncoder(**PLAIN), raws)
+
+
+def test_negatives_that_are_no_list_of_texts_are_an_error():
+    for negatives in ("a cat", [1], {"a": "b"}):
+        with pytest.raises(SampleError) as caught:
+            batch_of(SampleEncoder(**PLAIN, hard_captions=1), [raw_of(negatives=negatives)])
+        assert caught.value.reason == "metadata_captions"
+
+
+def test_contents_tell_equal_images_and_equal_captions():
+    raws = [raw_of(0, caption="a dog"), raw_of(0, caption="a cat"), raw_of(1, caption="a dog")]
+    image, caption = batch_of(SampleEncoder(**PLAIN, contents=True), raws)["contents"].unbind(1)
+    assert (image[0] == image[1]) and (image[0] != image[2])
+    assert (caption[0] == caption[2]) and (caption[0] != caption[1])
+    assert (torch.stack([image, caption]) >= 0).all()
+    assert "contents" not in batch_of(SampleEncoder(**PLAIN), raws)

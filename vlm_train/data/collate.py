@@ -9,6 +9,7 @@ tiles), where the tower allows it; trailing padding cannot change a result there
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
-from vlm_train.data.transforms import Transform, keyed_generator, render
+from vlm_train.data.decode import SampleError
+from vlm_train.data.transforms import Transform, Uniforms, keyed_generator, render
 from vlm_train.imaging import recolour
 from vlm_train.types import Batch, RawSample, Tokenizer
 
@@ -33,10 +35,22 @@ class SampleEncoder:
         tokenizer: how a caption becomes ids.
         colours_later: leave colour jitter and grey to the trainer, where a GPU does them: batches of a transform that
             has them get `finish`, the factors for `imaging.recolour`, and pixels without them.
+        hard_captions: how many captions that are almost right a sample brings, drawn from `negatives` of KEY.json;
+            batches get the `hard_` fields.
+        contents: batches get `contents`, by which equal images and equal captions are known.
     """
 
-    def __init__(self, *, transform: Transform, tokenizer: Tokenizer, colours_later: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        colours_later: bool = False,
+        hard_captions: int = 0,
+        contents: bool = False,
+    ) -> None:
         self.transform, self.tokenizer, self.colours_later = transform, tokenizer, colours_later
+        self.hard_captions, self.contents = hard_captions, contents
 
     def draft(self, num_rows: int) -> Draft:
         """Room for a batch of `num_rows` samples, all rows blank."""
@@ -68,6 +82,8 @@ class Draft:
         self._captions: list[list[str]] = [[] for _ in range(num_rows)]
         self._chosen = [""] * num_rows
         self._metadata: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+        self._hard: list[list[str]] = [[] for _ in range(num_rows)]
+        self._contents = torch.zeros(num_rows, 2, dtype=torch.int64)
         self._blank = set(range(num_rows))
 
     def put(self, row: int, raw: RawSample, *, seed: int = 0, visit: int | None = None) -> None:
@@ -84,9 +100,15 @@ class Draft:
         chosen = 0
         if visit is not None and len(captions) > 1:
             chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
+        uniforms = keyed_generator(seed, visit or 0, raw.uid, "hard")
+        hard = _hard_captions(metadata, self._encoder.hard_captions, uniforms)
         self._render(row, raw, seed, visit or 0)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
+        self._hard[row] = hard
+        if self._encoder.contents:
+            pair = decode.first_image(raw.parts), captions[chosen].encode()
+            self._contents[row] = torch.tensor([_content(part) for part in pair])
         self._blank.discard(row)
 
     def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> None:
@@ -108,7 +130,7 @@ class Draft:
         """The batch. Shapes as in `types.Batch`; `evaluation` adds `all_captions` and `metadata`."""
         for row in self._blank:
             self._pixels[row] = 0
-        text_ids, text_mask = self._encoder.text(self._chosen)
+        (text_ids, text_mask), hard = self._texts()
         labels = [decode.decode_label(metadata) for metadata in self._metadata]
         batch = Batch(
             images=self._images.permute(0, 3, 1, 2),
@@ -120,11 +142,45 @@ class Draft:
             captions=self._chosen,
             keys=self._keys,
         )
+        batch.update(hard)
+        if self._encoder.contents:
+            batch["contents"] = self._contents
         if self._encoder.transform.recolours and self._encoder.colours_later:
             batch["finish"] = self._factors
         if evaluation:
             batch["all_captions"], batch["metadata"] = self._captions, self._metadata
         return batch
+
+    def _texts(self) -> tuple[tuple[Tensor, Tensor], Batch]:
+        """ids and mask of the captions, and the `hard_` fields where they are wanted: as long as each other."""
+        num, each = len(self._chosen), self._encoder.hard_captions
+        hard = [text for texts in self._hard for text in [*texts, *[""] * (each - len(texts))]]
+        ids, mask = self._encoder.text([*self._chosen, *hard])
+        if not each:
+            return (ids, mask), Batch()
+        counts = torch.tensor([[place < len(texts) for place in range(each)] for texts in self._hard])
+        fields = Batch(
+            hard_text_ids=ids[num:].unflatten(0, (num, each)),
+            hard_text_mask=mask[num:].unflatten(0, (num, each)),
+            hard_counts=counts,
+        )
+        return (ids[:num], mask[:num]), fields
+
+
+def _hard_captions(metadata: dict[str, Any], num: int, uniforms: Uniforms) -> list[str]:
+    """`num` of the `negatives` of KEY.json without repetition, all in an order of chance where there are no more."""
+    if not num:
+        return []
+    texts = metadata.get("negatives") or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise SampleError("metadata_captions", got=str(texts)[:80], allowed="`negatives`: a list of strings")
+    places = np.argsort([uniforms.random() for _ in texts], kind="stable")
+    return [texts[place] for place in places[:num]]
+
+
+def _content(part: bytes) -> int:
+    """63 bits that tell a content; never negative, since a negative id agrees with nothing."""
+    return int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "little") >> 1
 
 
 def _room(shape: tuple[int, ...]) -> Tensor:

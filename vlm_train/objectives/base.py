@@ -93,12 +93,3 @@ def counted_rows(batch: Batch) -> Tensor:
         return weights != 0
     rows = batch["images"] if "images" in batch else batch["text_ids"]
     return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-
-
-def top1_credit(logits_BN: Tensor, target_B: Tensor) -> Tensor:
-    """Expected top-1 hits, summed: a target that shares the maximum with k - 1 others earns 1/k, not 1."""
-    logits_BN = logits_BN.detach()
-    target_B1 = logits_BN.gather(1, target_B[:, None])
-    num_above_B = (logits_BN > target_B1).sum(1)
-    num_tied_B = (logits_BN == target_B1).sum(1)
-    return torch.where(num_above_B == 0, 1.0 / num_tied_B, 0.0).sum()

@@ -7,9 +7,10 @@ formed in the same precision, with autocast off: bf16 logits cost about 1 % of t
 
 from __future__ import annotations
 
+import functools
 import math
-from contextlib import AbstractContextManager
-from typing import ClassVar
+import os
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,53 @@ from torch import Tensor, nn
 from vlm_train.distributed import collectives
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import CoupledObjective, counted_rows
+from vlm_train.objectives.pairing import NOBODY, Pairing, gathered_bytes
 from vlm_train.types import Batch, Model
+
+Partners = Literal["pair", "content"]
+Implementation = Literal["auto", "gathered", "tiled"]
+
+GATHERED_SHARE = 1 / 16
+"""Of a device's memory, what the gathered losses may take before `auto` turns to tiles."""
 
 
 class Contrastive(CoupledObjective):
     """Image-text matching over the global batch, with a temperature.
 
+    A batch may bring hard captions, texts that are almost right (`hard_text_ids` [B, H, T], and `hard_counts`, which of
+    them there are). They are further wrong answers for every image, and are not asked for an image themselves.
+
     Args:
         init_scale: first value of the factor on the cosine (1 / temperature).
         max_scale: the factor is clamped to [1, max_scale] after each step; None leaves it free.
         learn_temperature: whether the factor is trained.
+        partners: `pair`: an image and its caption. `content`: also an image and a caption of pairs that hold the same
+            image or the same caption, which are false negatives otherwise.
+        implementation: how it is computed; the result is the same but for rounding. `gathered`: every feature on every
+            rank, logits of [b, N]. `tiled`: texts travel round the ranks and logits exist a tile at a time, O(b d).
+            `auto`: tiled where gathered would take more than `GATHERED_SHARE` of the device's memory.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"image_features", "text_features"})
 
-    def __init__(self, *, init_scale: float, max_scale: float | None, learn_temperature: bool) -> None:
+    def __init__(
+        self,
+        *,
+        init_scale: float,
+        max_scale: float | None,
+        learn_temperature: bool,
+        partners: Partners,
+        implementation: Implementation,
+    ) -> None:
         super().__init__()
+        for name, value, allowed in (
+            ("partners", partners, Partners),
+            ("implementation", implementation, Implementation),
+        ):
+            if value not in get_args(allowed):
+                raise ConfigError(
+                    f"{type(self).__name__} knows no such {name}", got=value, allowed=", ".join(get_args(allowed))
+                )
         if not init_scale > 0 or (max_scale is not None and not 1 <= init_scale <= max_scale):
             raise ConfigError(
                 f"{type(self).__name__}: the initial scale on the cosine is out of range",
@@ -40,6 +72,7 @@ class Contrastive(CoupledObjective):
                 allowed="0 < scale, and 1 <= scale <= max_scale where max_scale is set",
             )
         self.init_scale, self.max_scale = init_scale, max_scale
+        self.partners, self.implementation = partners, implementation
         self.logit_scale = nn.Parameter(wide_empty(), requires_grad=learn_temperature)
 
     @torch.no_grad()
@@ -58,13 +91,20 @@ class Contrastive(CoupledObjective):
         return counted_rows(batch).sum()
 
     def features(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """`image_features` and `text_features` [B, D], and `weights` [B]."""
-        outputs = model(batch)
-        rows = {key: outputs[key] for key in sorted(self.requires)}
+        """`image_features` and `text_features` [B, D], `weights` [B]; hard captions and contents where needed."""
+        num_pairs = len(batch["text_ids"])
+        outputs = model(_with_hard_captions(batch) if "hard_text_ids" in batch else batch)
+        text_ED = outputs["text_features"]
+        rows = {"image_features": outputs["image_features"], "text_features": text_ED[:num_pairs]}
+        if "hard_text_ids" in batch:
+            rows["hard_features"] = text_ED[num_pairs:].unflatten(0, batch["hard_text_ids"].shape[:2])
+            rows["hard_counts"] = batch["hard_counts"]
+        if self.partners == "content":
+            rows["contents"] = batch["contents"]
         return {**rows, "weights": counted_rows(batch).to(torch.float32)}
 
-    def pairs(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Image and text features of the rows that count, [n, D] each, at least fp32.
+    def pairing(self, features: dict[str, Tensor]) -> Pairing:
+        """The rows that count, at least fp32, and who belongs to whom. Collective.
 
         Dropping padding rows here, before any exchange, is what keeps them out of rows and columns alike.
 
@@ -79,20 +119,52 @@ class Contrastive(CoupledObjective):
                 remedy="keep the objective out of the cast: convert the model, not the objective",
             )
         keep = features["weights"] != 0
-        image_BD, text_BD = features["image_features"][keep], features["text_features"][keep]
-        dtype = torch.promote_types(torch.promote_types(image_BD.dtype, text_BD.dtype), self.logit_scale.dtype)
-        return image_BD.to(dtype), text_BD.to(dtype)
+        image_BD, text_CD = features["image_features"][keep], features["text_features"][keep]
+        image_counts = text_counts = collectives.row_counts(image_BD)
+        if self.partners == "content":
+            ids = features["contents"][keep]
+        else:
+            before = sum(image_counts[: collectives.rank()])
+            ids = torch.arange(before, before + len(image_BD), device=image_BD.device)[:, None]
+        text_ids = ids
+        if "hard_features" in features:
+            hard_ED = features["hard_features"][keep][features["hard_counts"][keep]]
+            text_CD = torch.cat([text_CD, hard_ED])
+            text_ids = torch.cat([ids, ids.new_full((len(hard_ED), ids.shape[1]), NOBODY)])
+            text_counts = collectives.row_counts(text_CD)
+        dtype = torch.promote_types(torch.promote_types(image_BD.dtype, text_CD.dtype), self.logit_scale.dtype)
+        return Pairing(
+            image_BD=image_BD.to(dtype),
+            text_CD=text_CD.to(dtype),
+            image_ids=ids,
+            text_ids=text_ids,
+            image_counts=image_counts,
+            text_counts=text_counts,
+        )
+
+    def tiles(self, pairing: Pairing) -> bool:
+        """Whether the loss is computed in tiles. Equal on every rank."""
+        if self.implementation == "auto":
+            return gathered_bytes(pairing) > GATHERED_SHARE * device_memory(pairing.image_BD.device)
+        return self.implementation == "tiled"
 
 
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off on the device of `x`."""
-    return torch.autocast(x.device.type, enabled=False)
+def _with_hard_captions(batch: Batch) -> Batch:
+    """The batch with its hard captions behind its captions."""
+    both = Batch(**batch)
+    both["text_ids"] = torch.cat([batch["text_ids"], batch["hard_text_ids"].flatten(0, 1)])
+    both["text_mask"] = torch.cat([batch["text_mask"], batch["hard_text_mask"].flatten(0, 1)])
+    return both
 
 
-def partner_columns(counts: list[int], device: torch.device) -> Tensor:
-    """Column of each local row's partner among the gathered rows of all ranks, int64 [B]. `counts`: rows per rank."""
-    rank = collectives.rank()
-    return torch.arange(counts[rank], device=device) + sum(counts[:rank])
+@functools.cache
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory that a rank has: the smallest of all ranks. Collective on its first call."""
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    else:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return -collectives.all_reduce_max(torch.tensor(-float(size), dtype=torch.float64, device=device)).item()
 
 
 def one_value(x: Tensor) -> tuple[Tensor, Tensor]:
