@@ -34,7 +34,7 @@ from vlm_train.engine.callbacks.evaluate import Evaluate
 from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.evaluation import EvaluationSuite
-from vlm_train.engine.module import TrainingModule
+from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.engine.steps import StepPlan
@@ -111,7 +111,13 @@ def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train:
     augment = config.data.augment
     transform = TrainTransform(spec=spec, **_plain(augment)) if train else EvalTransform(spec=spec)
     on_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
-    return SampleEncoder(transform=transform, tokenizer=tokenizer, colours_later=train and on_gpu)
+    return SampleEncoder(
+        transform=transform,
+        tokenizer=tokenizer,
+        colours_later=train and on_gpu,
+        hard_captions=config.data.hard_captions if train else 0,
+        contents=train and config.objective.get("partners") == "content",
+    )
 
 
 def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
@@ -197,7 +203,7 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
         optim=make(config.optim),
         schedule=make(config.schedule),
         plan=plan,
-        compile_blocks=config.compile.enabled,
+        transforms=Transforms(recompute=config.strategy.recompute, compile=config.compile.enabled),
     )
 
 
@@ -241,9 +247,7 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
     """A trained run: `checkpoint` or the newest that verifies, with averaged weights where there are any."""
     run = RunDirectory(directory)
     if not run.config.is_file():
-        raise ConfigError(
-            f"{directory} is no run directory: it has no config.yaml", remedy="run=runs/<experiment>/latest"
-        )
+        raise ConfigError(f"{directory} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
     saved = OmegaConf.load(run.config)
     assert isinstance(saved, DictConfig)
     path = checkpoint or checkpoints.newest(run.checkpoints)
@@ -252,7 +256,7 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
             f"{directory} has no checkpoint yet", remedy="train it first: the same command resumes it"
         )
     parts = network(config if config is not None else saved, load_tokenizer(str(run.tokenizer)))
-    state = torch.load(path / checkpoints.STATE, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = checkpoints.read_weights(path)
     prefix = "averaged_model." if any(key.startswith("averaged_model.") for key in state) else "model."
     parts.model.load_state_dict(_under(state, prefix))
     parts.objective.load_state_dict(_under(state, "objective."))

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_train.errors import ConfigError
 
-STRATEGIES = ("single", "ddp")
+STRATEGIES = ("single", "ddp", "fsdp2")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 EPOCH_ENDS = ("drop", "wrap", "pad_zero_weight")
 MAX_DENOMINATOR = 1 << 16
@@ -29,6 +29,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.devices": (1, 1024),
     "trainer.num_nodes": (1, 1024),
     "trainer.num_threads": (1, 1024),
+    "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),
     "data.shuffle_window": (0, _MANY),
     "data.shuffle_buffer": (0, _MANY),
@@ -214,6 +215,9 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
     _require(not (config["precision"]["name"] == "fp16" and trainer["accelerator"] == "cpu"), "fp16 needs a GPU",
              got="precision.name=fp16 trainer.accelerator=cpu", allowed="fp32, bf16, fp64 on CPU",
              remedy="precision=bf16")  # fmt: skip
+    _require((config["precision"]["name"], config["strategy"]["name"]) != ("fp16", "fsdp2"),
+             "fp16 needs a scaler that a sharded strategy has not", got="precision.name=fp16 strategy.name=fsdp2",
+             allowed="fp32, bf16, fp64 with fsdp2", remedy="precision=bf16")  # fmt: skip
 
 
 def _check_augment(augment: Mapping[str, Any]) -> None:

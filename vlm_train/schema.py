@@ -75,6 +75,7 @@ class DataConfig:
     selection: str | None = None
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    hard_captions: int = 0  # of KEY.json's `negatives`, how many each sample brings as further wrong answers
     num_workers: int = 1
     shuffle_window: int = 64  # shards mixed together; 0 keeps the order of the files
     epoch_end: str = "drop"
@@ -95,9 +96,10 @@ class CheckpointConfig:
 
 @dataclass
 class StrategyConfig:
-    """How ranks share the work."""
+    """How ranks share the work and the memory."""
 
     name: str = MISSING
+    recompute: bool = False  # compute the activations of a block again in the backward pass instead of keeping them
 
 
 @dataclass
@@ -156,6 +158,7 @@ class Config:
 MACHINE_KEYS = (
     "run",
     "strategy",
+    "objective.implementation",
     "compile",
     "checkpoint",
     "evaluation",

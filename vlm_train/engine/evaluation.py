@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_train.engine.sharding import whole
 from vlm_train.evaluation.base import Embedder
 from vlm_train.types import Batch, Evaluator, Tokenizer
 
@@ -40,7 +41,8 @@ class EvaluationSuite:
         was_training = model.training
         model.eval()
         embedder = Embedder(model=model, tokenizer=self.tokenizer, device=device, autocast=self.autocast)
-        results = {name: dict(each.run(embedder, self._batches())) for name, each in self.evaluators.items()}
+        with whole(model):
+            results = {name: dict(each.run(embedder, self._batches())) for name, each in self.evaluators.items()}
         model.train(was_training)
         return results
 

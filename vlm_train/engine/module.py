@@ -7,19 +7,41 @@ the objective's own clamp, moving average. The module knows no task: it calls a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 
 from vlm_train import imaging
+from vlm_train.engine import sharding
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.objectives.base import Objective
 from vlm_train.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transforms:
+    """What is done to every block of the model, in place and in this order, before it is sharded.
+
+    `recompute`: activations inside a block are not kept but computed again in the backward pass (activation
+    checkpointing, arXiv 1604.06174). `compile`: torch.compile; one graph serves all equal blocks.
+    """
+
+    recompute: bool = False
+    compile: bool = False
+
+    def apply(self, model: nn.Module) -> None:
+        """Parameter names stay as they are."""
+        for block in sharding.blocks_of(model):
+            if self.recompute:
+                checkpoint(block)
+            if self.compile:
+                block.compile()
 
 
 class TrainingModule(lightning.LightningModule):
@@ -31,7 +53,7 @@ class TrainingModule(lightning.LightningModule):
         optim: groups, clipping and averaging.
         schedule: step -> factor of the peak learning rate.
         plan: how the global batch is cut.
-        compile_blocks: torch.compile every module of the model's block lists, in place.
+        transforms: what is done to the model's blocks before it trains.
     """
 
     def __init__(
@@ -42,7 +64,7 @@ class TrainingModule(lightning.LightningModule):
         optim: AdamW,
         schedule: Schedule,
         plan: StepPlan,
-        compile_blocks: bool = False,
+        transforms: Transforms = Transforms(),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -53,13 +75,23 @@ class TrainingModule(lightning.LightningModule):
         # a child module, so that checkpoints, devices and (later) sharding treat it like the weights it averages
         self.averaged_model = copy.deepcopy(model).requires_grad_(False) if optim.ema_decay else None
         self.gradient_step = GradientStep(model=model, objective=objective, plan=plan)  # type: ignore[arg-type]
-        if compile_blocks:
-            _compile_blocks(model)
+        self.transforms: Transforms | None = transforms
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The weights that evaluation and export use: the moving average where there is one."""
         return self.averaged_model if self.averaged_model is not None else self.model
+
+    def configure_model(self) -> None:
+        """Transforms the model, once, when the strategy knows where the ranks are."""
+        if self.transforms is None:
+            return
+        self.transforms.apply(self.model)
+        if self.device_mesh is not None:
+            for model in (self.model, self.averaged_model):
+                if model is not None:
+                    sharding.shard(model, self.device_mesh["data_parallel"])
+        self.transforms = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer; the schedule is applied by the step itself."""
@@ -81,6 +113,8 @@ class TrainingModule(lightning.LightningModule):
             group["lr"] = group["base_lr"] * factor
         optimizer.zero_grad()
         loss, metrics = self.gradient_step.run(batch, step, self._backward)
+        if self.device_mesh is not None:
+            sharding.average_unsharded(self.objective.parameters())
         grad_norm = self._clip(optimizer)
         optimizer.step()
         self.objective.after_step()
@@ -94,6 +128,7 @@ class TrainingModule(lightning.LightningModule):
         return {"row": {name: float(value) for name, value in row.items()}}  # a tensor named loss would be Lightning's
 
     def _backward(self, scalar: Tensor, is_last: bool) -> None:
+        sharding.reduce_gradients(self.model, is_last)
         wrapper: Any = self.trainer.strategy.model
         if is_last or not hasattr(wrapper, "no_sync"):
             self.manual_backward(scalar)
@@ -106,9 +141,10 @@ class TrainingModule(lightning.LightningModule):
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = sharding.total_norm([p.grad for p in parameters if p.grad is not None])
         if self.optim.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.grad_clip, norm)
+            for part in sharding.parted(parameters):
+                torch.nn.utils.clip_grads_with_norm_(part, self.optim.grad_clip, norm)
         return norm
 
     @torch.no_grad()
@@ -116,8 +152,8 @@ class TrainingModule(lightning.LightningModule):
         """averaged += (1 - decay) * (weights - averaged), after the clamp: an average of weights that were used."""
         if self.averaged_model is None or self.optim.ema_decay is None:
             return
-        averages: list[Tensor] = list(self.averaged_model.parameters())
-        weights: list[Tensor] = list(self.model.parameters())
+        averages = sharding.local(self.averaged_model.parameters())
+        weights = sharding.local(self.model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - self.optim.ema_decay)
         for average, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
@@ -129,11 +165,3 @@ class _LearningView(nn.Module):
     def __init__(self, module: TrainingModule) -> None:
         super().__init__()
         self.model, self.objective = module.model, module.objective
-
-
-def _compile_blocks(model: nn.Module) -> None:
-    """Block by block and in place, so that parameter names stay clean and one graph serves all equal blocks."""
-    compile_module: Callable[[nn.Module], None] = lambda module: module.compile()  # noqa: E731
-    for module in model.modules():
-        for block in getattr(module, "blocks", []) or []:
-            compile_module(block)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from vlm_train.errors import ConfigError, nearest
+from vlm_train.errors import CheckpointError, ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +97,40 @@ class AdamW:
         """The optimizer over the parameters that learn; each group keeps its peak as `base_lr`."""
         named = dict(module.named_parameters())
         chosen = match_rules(named, self.rules)
-        buckets: dict[tuple[float, float], list[nn.Parameter]] = {}
+        buckets: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, rule in chosen.items():
             if not rule.frozen:
                 decay = rule.weight_decay if named[name].ndim > 1 else 0.0
-                buckets.setdefault((rule.lr, decay), []).append(named[name])
+                sharded = isinstance(named[name], DTensor)  # torch's fused step takes no mixture
+                buckets.setdefault((rule.lr, decay, sharded), []).append((name, named[name]))
         groups = [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
-            for (lr, decay), parameters in buckets.items()
+            for (lr, decay, _), parameters in buckets.items()
         ]
-        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        optimizer.register_load_state_dict_pre_hook(_as_grouped_here)
+        return optimizer
+
+
+def state_by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """name -> what an optimizer's `state_dict` holds of the parameter; a state that stands under names stays."""
+    names = {
+        number: name
+        for group in state["param_groups"]
+        for number, name in zip(group["params"], group.get("param_names", group["params"]), strict=True)
+    }
+    return {names.get(key, key): value for key, value in state["state"].items()}
+
+
+def _as_grouped_here(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state that may have been grouped otherwise, as a sharded strategy does, in the groups of `optimizer`."""
+    groups = optimizer.state_dict()["param_groups"]
+    saved = state_by_name({"param_groups": [], **state})
+    pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
+    own = {number: saved[name] for part in pairs for number, name in part if name in saved}
+    if len(own) != len(saved):
+        raise CheckpointError(
+            "the optimizer's state does not belong to these parameters", got=f"{len(saved)} states",
+            allowed=f"{len(own)}", remedy="resume with the config of the run",
+        )  # fmt: skip
+    return {"state": own, "param_groups": groups}

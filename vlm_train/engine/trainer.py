@@ -10,6 +10,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
+
+from vlm_train.engine.strategies import AnyCheckpoint, Sharded
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """precision -> dtype of the towers' matrix products; absent where there is no autocast."""
@@ -30,6 +34,12 @@ def set_up_torch(*, accelerator: str, deterministic: bool | None, num_threads: i
     warnings.filterwarnings("ignore", module="lightning.*")
 
 
+def _strategy(name: str, world_size: int) -> Strategy | str:
+    if name == "fsdp2":
+        return Sharded(world_size)
+    return "ddp" if name == "ddp" else "auto"
+
+
 def lightning_trainer(
     *,
     accelerator: str,
@@ -44,14 +54,19 @@ def lightning_trainer(
     The whole run is one epoch of the loader, which knows its length, so Lightning prefetches nothing and the loader's
     count of consumed batches is right at every step.
     """
-    environment = TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
+    # Lightning refuses the name of this pair, though the plugin works
+    sharded_fp64 = strategy == "fsdp2" and precision == "fp64"
+    environment: Any = TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
+    plugins: list[Any] = [environment, DoublePrecision()] if sharded_fp64 else [environment]
+    if strategy != "fsdp2":
+        plugins.append(AnyCheckpoint())
     return lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy="ddp" if strategy == "ddp" else "auto",
-        precision=PRECISION[precision],
-        plugins=[environment],
+        strategy=_strategy(strategy, devices * num_nodes),
+        precision=None if sharded_fp64 else PRECISION[precision],
+        plugins=plugins,
         max_epochs=1,
         callbacks=callbacks,
         logger=False,

@@ -1,0 +1,86 @@
+"""FSDP2: every rank keeps a slice of each parameter and of its optimizer state, and gathers a block while it computes.
+
+Order of the transforms, which must not change: activation checkpointing per block, compilation per block, sharding per
+block and then of the rest. All of them act in place, so the names of parameters stay those of the plain model, and a
+checkpoint of one strategy is a checkpoint of every other.
+
+The model is sharded, the objective is not: a temperature has nothing to shard and must stay out of every cast. Its
+gradient is averaged over ranks by `average_unsharded`, as the reduction of FSDP2 averages the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from vlm_train.distributed import collectives
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of the block lists that towers keep as `blocks`."""
+    for module in model.modules():
+        yield from getattr(module, "blocks", None) or []
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards every block, then the rest of the model, over the ranks of `mesh`. In place."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in getattr(model, "forward_methods", ()):
+        register_fsdp_forward_method(model, name)
+
+
+def reduce_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of a sharded model reduces gradients over ranks, or adds them up on this one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+@torch.no_grad()
+def average_unsharded(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of parameters that every rank holds whole become their mean over ranks. Collective."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = collectives.all_reduce_sum(grad) / collectives.world_size()
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all parameters and a forward pass exchanges nothing: ranks may run unequal numbers of
+    batches, as evaluation does."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def parted(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sharded and whole tensors apart: torch's fused kernels take no mixture."""
+    parts = ([x for x in tensors if isinstance(x, DTensor) is sharded] for sharded in (True, False))
+    return [part for part in parts if part]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, scalar, equal on every rank."""
+    norms = [torch.nn.utils.get_total_norm(part) for part in parted(gradients)]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
