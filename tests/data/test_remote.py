@@ -365,13 +365,13 @@ def test_the_interpreter_ends_quietly(nginx, way):
 
 
 def test_ctrl_c_is_heard_while_a_server_stalls():
-    with Odd(CONTENT, lambda handler, number: stall(handler, 20)) as server:
+    with Odd(CONTENT, lambda handler, number: stall(handler, 60)) as server:
         command = [sys.executable, "-c", EXIT, f"{server.url}/000.tar", "plain"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while not server.paths:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=40)
         assert "KeyboardInterrupt" in errors and process.returncode != 0
 
 
