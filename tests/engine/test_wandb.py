@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import wandb
 
 from vlm_train.engine.wandb import WandbSink
 from vlm_train.errors import ConfigError
@@ -29,6 +30,7 @@ def test_online_without_a_login_is_a_clear_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    wandb.teardown()  # it reads the environment once a process
     with pytest.raises(ConfigError, match="Weights & Biases did not start") as caught:
         WandbSink(project="p", entity=None, mode="online", run_id="run-2", directory=tmp_path, config={})
     assert "logger.mode=offline" in str(caught.value)
