@@ -27,7 +27,7 @@ from vlm_train.data.pipeline import EvalLoader, TrainLoader
 from vlm_train.data.steps import StreamSpec
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.data.transforms import EvalTransform, TrainTransform
-from vlm_train.engine import checkpoints
+from vlm_train.engine import checkpoints, states
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
 from vlm_train.engine.callbacks.data_errors import DataErrors, record_left_out
 from vlm_train.engine.callbacks.evaluate import Evaluate
@@ -256,7 +256,7 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
             f"{directory} has no checkpoint yet", remedy="train it first: the same command resumes it"
         )
     parts = network(config if config is not None else saved, load_tokenizer(str(run.tokenizer)))
-    state = checkpoints.read_weights(path)
+    state = states.read_weights(path)
     prefix = "averaged_model." if any(key.startswith("averaged_model.") for key in state) else "model."
     parts.model.load_state_dict(_under(state, prefix))
     parts.objective.load_state_dict(_under(state, "objective."))

@@ -245,3 +245,11 @@ def test_configs_mistakes(words: list[str]) -> None:
 def test_the_sigmoid_bias_starts_at_the_share_of_right_pairs(global_batch: int, bias: float) -> None:
     config = compose_config(["objective=sigmoid", f"trainer.global_batch={global_batch}"], checked=False)
     assert config.objective.init_bias == pytest.approx(bias, abs=2e-3)
+
+
+def test_choosing_a_run_waits_for_no_torch() -> None:
+    """A run that is refused, because another config or another process holds it, is refused in a moment."""
+    code = "import sys, vlm_train.cli.runs; sys.exit(int('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    twin = code.replace("vlm_train.cli.runs", "vlm_train.engine.states")
+    assert subprocess.run([sys.executable, "-c", twin], check=False).returncode == 1

@@ -9,7 +9,7 @@ import _runs
 import pytest
 import torch
 
-from vlm_train.engine import checkpoints
+from vlm_train.engine import checkpoints, states
 
 SHARDED = ("trainer.devices=2", "strategy=fsdp2")
 DDP = ("trainer.devices=2", "strategy=ddp")
@@ -87,8 +87,8 @@ def test_a_sharded_checkpoint_is_read_whole(tmp_path: Path, scenes: Path) -> Non
     assert path is not None
     files = {file.name for file in (path / checkpoints.STATE).iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp"} <= files  # both ranks wrote their part
-    weights = checkpoints.read_weights(path)
-    state = checkpoints.read_sharded(path / checkpoints.STATE)
+    weights = states.read_weights(path)
+    state = states.read_sharded(path / checkpoints.STATE)
     assert weights.keys() == state["state_dict"].keys()
     assert all(torch.equal(weights[name], state["state_dict"][name]) for name in weights)
     moments = state["optimizer_states"][0]["state"]

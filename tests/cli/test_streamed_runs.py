@@ -6,14 +6,17 @@ import functools
 import gzip
 import http.server
 import json
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import _runs
-import pyarrow as pa
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from data_fixtures import zstd
 
 DDP = ("trainer.devices=2", "strategy=ddp")
 MICRO = ("trainer.micro_batch=9",)
@@ -25,13 +28,6 @@ def words(data: Path, run: Path, shards: object, *extra: str, max_steps: int = N
     return _runs.train_words(
         data, *stream, f"trainer.max_steps={max_steps}", "checkpoint.every_steps=5", f"run.dir={run}", *extra
     )
-
-
-def zstd(content: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as packed:
-        packed.write(content)
-    return sink.getvalue().to_pybytes()
 
 
 def listed(*locations: object) -> str:

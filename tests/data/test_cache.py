@@ -1,7 +1,6 @@
 """The shard cache: right bytes whatever happens, each byte fetched once, and never more than the limit on the disk."""
 
 import errno
-import logging
 import multiprocessing
 import os
 import signal
@@ -28,11 +27,6 @@ OPTIONS = StorageOptions(retry_seconds=20, timeout_seconds=20)
 PLENTY = 10**9
 
 
-@pytest.fixture(autouse=True)
-def straight_to_the_servers(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "PIECE", 50_000)
@@ -40,14 +34,9 @@ def small_batches(monkeypatch):
 
 
 @pytest.fixture
-def warnings():
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    module.log.addHandler(handler)
+def warnings(lines_of):
     module._warned.clear()
-    yield lines
-    module.log.removeHandler(handler)
+    return lines_of(module.log)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import pickle
@@ -32,20 +31,9 @@ QUICK = StorageOptions(cache_gb=0, retry_seconds=20, timeout_seconds=20)
 AT_ONCE = StorageOptions(cache_gb=0, retry_seconds=0, timeout_seconds=20)
 
 
-@pytest.fixture(autouse=True)
-def straight_to_the_servers(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture
-def warnings(monkeypatch):
-    """The lines that a user would read."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    retry.log.addHandler(handler)
-    yield lines
-    retry.log.removeHandler(handler)
+def warnings(lines_of):
+    return lines_of(retry.log)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import base64
 import bz2
 import gzip
-import logging
 import lzma
 import os
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from data_fixtures import write_dataset
+from data_fixtures import write_dataset, zstd
 from hostile import TAR_END, tar_member, tar_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,31 +22,13 @@ from vlm_train.data.unpacking import unpacked
 AT_ONCE = StorageOptions(cache_gb=0, retry_seconds=0, timeout_seconds=20)
 
 
-def zstd(content):
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as packed:
-        packed.write(content)
-    return sink.getvalue().to_pybytes()
-
-
 CODECS = {"gzip": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zstd": zstd}
 NOISE = np.random.default_rng(3).bytes(300_000)
 
 
-@pytest.fixture(autouse=True)
-def straight_to_the_servers(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture
-def told(monkeypatch):
-    """The lines that a user would read."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    tape.log.addHandler(handler)
-    yield lines
-    tape.log.removeHandler(handler)
+def told(lines_of):
+    return lines_of(tape.log)
 
 
 def stored(folder, content):

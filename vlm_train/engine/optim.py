@@ -116,7 +116,7 @@ def state_by_name(state: dict[str, Any]) -> dict[str, Any]:
     """name -> what an optimizer's `state_dict` holds of the parameter; a state that stands under names stays."""
     names = {
         number: name
-        for group in state["param_groups"]
+        for group in state.get("param_groups", ())
         for number, name in zip(group["params"], group.get("param_names", group["params"]), strict=True)
     }
     return {names.get(key, key): value for key, value in state["state"].items()}
@@ -125,7 +125,7 @@ def state_by_name(state: dict[str, Any]) -> dict[str, Any]:
 def _as_grouped_here(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A state that may have been grouped otherwise, as a sharded strategy does, in the groups of `optimizer`."""
     groups = optimizer.state_dict()["param_groups"]
-    saved = state_by_name({"param_groups": [], **state})
+    saved = state_by_name(state)
     pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
     own = {number: saved[name] for part in pairs for number, name in part if name in saved}
     if len(own) != len(saved):

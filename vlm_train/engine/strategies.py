@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vlm_train.engine import checkpoints
+from vlm_train.engine import states
 from vlm_train.engine.optim import state_by_name
 
 
@@ -39,7 +39,7 @@ class Sharded(ModelParallelStrategy):
                 name: {key: _as_sharded(value, parameters[name]) for key, value in slots.items()}
                 for name, slots in state_by_name(state).items()
             }
-            optimizer.load_state_dict({"state": named, "param_groups": []})
+            optimizer.load_state_dict({"state": named})
         return whole
 
 
@@ -57,5 +57,5 @@ class AnyCheckpoint(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning keeps it in one file."""
         if Path(path).is_dir():
-            return checkpoints.read_sharded(Path(path))
+            return states.read_sharded(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)

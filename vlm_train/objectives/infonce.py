@@ -51,12 +51,13 @@ class InfoNCE(Contrastive):
         with full_precision(pairing.image_BD):
             scale = self.logit_scale.exp()
             total, image_hits, text_hits = softmax(pairing, scale)
+        count = pairing.num_pairs()
         return LossOutput(
             sum=total,
-            count=pairing.num_pairs,
+            count=count,
             metrics={
-                "accuracy_image_to_text": (image_hits, pairing.num_pairs),
-                "accuracy_text_to_image": (text_hits, pairing.num_pairs),
+                "accuracy_image_to_text": (image_hits, count),
+                "accuracy_text_to_image": (text_hits, count),
                 "logit_scale": one_value(scale),
             },
         )

@@ -4,7 +4,8 @@ An image and a text are *partners* when they agree in one of their ids. With the
 only id that is CLIP's rule, each image has one text; with ids of contents, two pairs that share an image or a caption
 are no negatives of each other (UniCL, arXiv 2204.03610). Texts may outnumber images: a hard caption has no partner.
 
-These functions are the reference that `tiled.py` is held against, and the faster ones while batches are small.
+These functions are the reference that `tiled.py` is held against; other ranks' features come in one exchange, where
+tiles take one for each rank.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ class Pairing:
     image_counts: list[int]
     text_counts: list[int]
 
-    @property
     def num_pairs(self) -> Tensor:
         """Pairs of this rank, int64 scalar."""
         return torch.tensor(len(self.image_BD), device=self.image_BD.device)

@@ -70,11 +70,12 @@ class Sigmoid(Contrastive):
         with full_precision(pairing.image_BD):
             scale = self.logit_scale.exp()
             total, image_hits = sigmoid(pairing, scale, self.logit_bias)
+        count = pairing.num_pairs()
         return LossOutput(
             sum=total,
-            count=pairing.num_pairs,
+            count=count,
             metrics={
-                "accuracy_image_to_text": (image_hits, pairing.num_pairs),
+                "accuracy_image_to_text": (image_hits, count),
                 "logit_scale": one_value(scale),
                 "logit_bias": one_value(self.logit_bias),
             },
