@@ -18,4 +18,5 @@ if [ $# -eq 0 ]; then
     mypy
 fi
 say "tests"
-python -m pytest --durations=15 "$@"
+# a file at a time on every core: most of the suite is real runs that start a process or two
+python -m pytest -n "$(nproc)" --dist loadfile --durations=15 "$@"

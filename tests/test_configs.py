@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlm_train import build
+from vlm_train import build, training
 from vlm_train.cli.compose import compose_config, resolve
 from vlm_train.cli.paths import conf_dir, groups, headline
 from vlm_train.engine.rundir import RunDirectory
@@ -78,8 +78,8 @@ def one_step(config: DictConfig, folder: Path) -> dict[str, Any]:
             trainer.should_stop = True
 
     config.strategy.name = "single"
-    trainer = build.make_trainer(config, [Stop()])
-    trainer.fit(build.training_module(parts, placement), train_dataloaders=build.train_loader(parts, placement))
+    trainer = training.make_trainer(config, [Stop()])
+    trainer.fit(training.training_module(parts, placement), train_dataloaders=build.train_loader(parts, placement))
     return rows[0]
 
 

@@ -129,6 +129,7 @@ class Nothing:
     fingerprint = errors = ""
     num_errors = num_samples = num_shards = num_left_out = num_checked = num_written = num_bytes = num_pixels = 0
     highest_rate = None
+    provenance = {"num_null": 0}
 
     def __len__(self) -> int:
         return 0

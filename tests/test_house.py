@@ -17,12 +17,16 @@ FLOORS = {
     "signatures": 1, "checks": 1, "schema": 2, "assets": 1, "imaging": 1,
     "data": 3, "models": 3, "distributed": 3,
     "objectives": 4, "evaluation": 4, "export": 4,
-    "engine": 5, "build": 6, "plan": 7, "cli": 8,
+    "engine": 5, "build": 6, "plan": 7, "training": 7, "cli": 8,
 }  # fmt: skip
 NEVER = {("objectives", "data"), ("evaluation", "data"), ("export", "data"), ("engine", "data")}  # by protocol only
 # may import each other, without cycles
 LOWEST = {"errors", "log", "types", "boxes", "locations", "signatures", "checks", "schema", "assets", "imaging"}
-WALLS = {"hydra": {"build", "schema", "cli"}, "omegaconf": {"build", "schema", "cli"}, "lightning": {"engine", "build"}}
+WALLS = {
+    "hydra": {"build", "schema", "cli"},
+    "omegaconf": {"build", "schema", "cli"},
+    "lightning": {"engine", "training"},
+}
 NO_TORCH = {"errors", "log", "types", "locations", "schema", "checks", "signatures", "boxes"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 300, 50, 10, 3
 

@@ -1,7 +1,8 @@
 """The composition root: the only caller of hydra's instantiate, in the order of a sample's road.
 
-`prepare` makes what every rank will read (manifests, tokenizer). `train` is what each rank runs. `load` brings back a
-trained run for evaluation, search and export. Everything else receives finished parts.
+`prepare` makes what every rank will read (manifests, tokenizer); `training.py` joins the parts to the run of a rank;
+`load` brings back a trained run for evaluation, search and export. Nothing here waits for Lightning, which takes longer
+to import than everything else together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -21,32 +21,18 @@ from torch import nn
 
 from vlm_train.data import building
 from vlm_train.data.collate import SampleEncoder
-from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.indexing import Progress
 from vlm_train.data.pipeline import EvalLoader, TrainLoader
 from vlm_train.data.steps import StreamSpec
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.data.transforms import EvalTransform, TrainTransform
 from vlm_train.engine import checkpoints, states
-from vlm_train.engine.callbacks.checkpoint import Checkpoint
-from vlm_train.engine.callbacks.data_errors import DataErrors, record_left_out
-from vlm_train.engine.callbacks.evaluate import Evaluate
-from vlm_train.engine.callbacks.pictures import Pictures
-from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
-from vlm_train.engine.evaluation import EvaluationSuite
-from vlm_train.engine.module import TrainingModule, Transforms
-from vlm_train.engine.report import write_report
+from vlm_train.engine.bad_samples import record_left_out
+from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
-from vlm_train.engine.steps import StepPlan
-from vlm_train.engine.trainer import AUTOCAST, lightning_trainer, set_up_torch
-from vlm_train.engine.wandb import WandbSink
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
-from vlm_train.locations import in_texts, scrubbed
-from vlm_train.log import get_logger
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.types import ImageSpec, Tokenizer
-
-LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +67,13 @@ class Parts:
 
 def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Progress) -> None:
     """Indexes the shards and, for a `fresh` run, trains or copies the tokenizer; once, before any rank starts."""
-    data = _plain(config.data)
+    data = plain(config.data)
     for split in ("train", "val"):
         found = list(building.manifests(data, split, progress))
         errors = [error for manifest in found for error in manifest.errors()]
         num_samples = sum(map(len, found))
         record_left_out(run if fresh else None, split, errors, num_samples, max_error_rate=config.data.max_error_rate)
+    building.check_train(data, stream_spec(config))
     if not fresh:
         return
     tokenizer = make(config.model.tokenizer)
@@ -109,7 +96,7 @@ def network(config: DictConfig, tokenizer: Tokenizer) -> Parts:
 def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train: bool) -> SampleEncoder:
     """Bytes to tensors: augmented for training, deterministic for evaluation."""
     augment = config.data.augment
-    transform = TrainTransform(spec=spec, **_plain(augment)) if train else EvalTransform(spec=spec)
+    transform = TrainTransform(spec=spec, **plain(augment)) if train else EvalTransform(spec=spec)
     on_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
     return SampleEncoder(
         transform=transform,
@@ -120,19 +107,23 @@ def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train:
     )
 
 
-def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
-    """The training stream of this rank."""
-    config = parts.config
-    stream = StreamSpec(
+def stream_spec(config: DictConfig) -> StreamSpec:
+    """What the training stream is, whatever reads it."""
+    return StreamSpec(
         seed=config.seed,
         global_batch=config.trainer.global_batch,
         num_steps=config.trainer.max_steps,
         shuffle_window=config.data.shuffle_window,
         epoch_end=config.data.epoch_end,
     )
+
+
+def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
+    """The training stream of this rank."""
+    config = parts.config
     steps = building.train_steps(
-        _plain(config.data),
-        stream,
+        plain(config.data),
+        stream_spec(config),
         encoder(config, parts.image_spec, parts.tokenizer, train=True),
         placement.rank,
         placement.world_size,
@@ -144,7 +135,7 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     """The evaluators of the config over its validation split."""
     config = parts.config
     loader = EvalLoader(
-        source=building.eval_source(_plain(config.data)),
+        source=building.eval_source(plain(config.data)),
         encoder=encoder(config, parts.image_spec, parts.tokenizer, train=False),
         batch_size=config.evaluation.batch_size,
         rank=placement.rank,
@@ -157,99 +148,10 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     )
 
 
-def train(directory: Path, checkpoint: Path | None) -> None:
-    """What each rank runs: from the config in `directory`, or from `checkpoint`, to the last step."""
-    run = RunDirectory(directory)
-    config = OmegaConf.load(run.config)
-    assert isinstance(config, DictConfig)
-    placement = Placement.from_environment()
-    set_up_torch(
-        accelerator=config.trainer.accelerator,
-        deterministic=config.trainer.deterministic,
-        num_threads=config.trainer.num_threads,
-    )
-    parts = network(config, load_tokenizer(str(run.tokenizer)))
-    loader = train_loader(parts, placement)
-    suite = evaluation_suite(parts, placement)
-    module = training_module(parts, placement)
-    sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
-    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks))
-    if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
-        path = str(checkpoint / checkpoints.STATE) if checkpoint else None
-        trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
-    for sink in sinks:
-        sink.close()
-    if placement.rank == 0:
-        run.event("finished", {"step": config.trainer.max_steps})
-        write_report(run)
-
-
-def training_module(parts: Parts, placement: Placement) -> TrainingModule:
-    """The LightningModule around a model and its objective."""
-    config = parts.config
-    plan = StepPlan(
-        global_batch=config.trainer.global_batch,
-        micro_batch=config.trainer.micro_batch,
-        rank=placement.rank,
-        world_size=placement.world_size,
-        seed=config.seed,
-    )
-    if config.precision.name == "fp64":  # before Lightning converts them, which it does after it has read a checkpoint
-        parts.model.double()
-        parts.objective.double()
-    return TrainingModule(
-        model=parts.model,
-        objective=parts.objective,
-        optim=make(config.optim),
-        schedule=make(config.schedule),
-        plan=plan,
-        transforms=Transforms(recompute=config.strategy.recompute, compile=config.compile.enabled),
-    )
-
-
-def callbacks(
-    parts: Parts, run: RunDirectory, loader: TrainLoader, suite: EvaluationSuite, sinks: list[Any]
-) -> list[lightning.Callback]:
-    """In the order in which they act after a step: record, judge the data, measure, draw, save."""
-    config = parts.config
-    num_steps, global_batch = config.trainer.max_steps, config.trainer.global_batch
-    every_steps, keep = config.checkpoint.every_steps, config.checkpoint.keep
-    gallery = ShardGallery(shards=_plain(config.data.val.shards)).pixels
-    recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
-    return [
-        recorder,
-        DataErrors(
-            run=run,
-            global_batch=global_batch,
-            max_error_rate=config.data.max_error_rate,
-            samples_per_epoch=loader.samples_per_epoch,
-        ),
-        Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
-        Pictures(run=run, suite=suite, image=parts.image_spec, gallery=gallery),
-        Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
-        StepEnd(recorder),
-    ]
-
-
-def make_trainer(config: DictConfig, callbacks: list[lightning.Callback]) -> lightning.Trainer:
-    """The Trainer for this machine."""
-    return lightning_trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=config.strategy.name,
-        precision=config.precision.name,
-        callbacks=callbacks,
-    )
-
-
 def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig | None = None) -> Parts:
     """A trained run: `checkpoint` or the newest that verifies, with averaged weights where there are any."""
     run = RunDirectory(directory)
-    if not run.config.is_file():
-        raise ConfigError(f"{directory} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
-    saved = OmegaConf.load(run.config)
-    assert isinstance(saved, DictConfig)
+    saved = read_config(run)
     path = checkpoint or checkpoints.newest(run.checkpoints)
     if path is None:
         raise CheckpointError(
@@ -279,21 +181,19 @@ def make(node: Any, runtime: Mapping[str, Any] | None = None) -> Any:
     return factory if node.get("_partial_") else factory(**(runtime or {}))
 
 
+def read_config(run: RunDirectory) -> DictConfig:
+    """The resolved config of a run."""
+    if not run.config.is_file():
+        raise ConfigError(f"{run.path} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
+    config = OmegaConf.load(run.config)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def plain(value: Any) -> Any:
+    """A node of the config as dicts and lists; other values as they are."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _wandb(config: DictConfig, run: RunDirectory) -> WandbSink:
-    resolved = in_texts(scrubbed, OmegaConf.to_container(config, resolve=True))
-    return WandbSink(
-        project=config.logger.project,
-        entity=config.logger.entity,
-        mode=config.logger.mode,
-        run_id=config.run.id,
-        directory=run.path,
-        config=resolved,
-    )

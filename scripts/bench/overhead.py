@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "proof"))
 import _runs
 from _table import Row, arguments, report
 
-from vlm_train import build
+from vlm_train import build, training
 from vlm_train.cli.compose import compose_config
 from vlm_train.engine.rundir import RunDirectory
 
@@ -61,8 +61,8 @@ def ours(config, path: Path, folder: str) -> float:
     parts = build.network(config, build.load_tokenizer(f"{folder}/run/tokenizer"))
     suite = build.evaluation_suite(parts, ALONE)
     loader = build.train_loader(parts, ALONE)
-    trainer = build.make_trainer(config, build.callbacks(parts, make_run(path), loader, suite, []))
-    trainer.fit(build.training_module(parts, ALONE), train_dataloaders=loader)
+    trainer = training.make_trainer(config, training.callbacks(parts, make_run(path), loader, suite, []))
+    trainer.fit(training.training_module(parts, ALONE), train_dataloaders=loader)
     return statistics.median(row["samples"] / row["step"] / row["samples_per_second"] for row in _runs.rows(path)[2:-1])
 
 

@@ -247,9 +247,15 @@ def test_the_sigmoid_bias_starts_at_the_share_of_right_pairs(global_batch: int, 
     assert config.objective.init_bias == pytest.approx(bias, abs=2e-3)
 
 
-def test_choosing_a_run_waits_for_no_torch() -> None:
-    """A run that is refused, because another config or another process holds it, is refused in a moment."""
-    code = "import sys, vlm_train.cli.runs; sys.exit(int('torch' in sys.modules))"
+@pytest.mark.parametrize(
+    ("module", "heavy", "twin"),
+    [
+        ("vlm_train.cli.runs", "torch", "vlm_train.engine.states"),
+        ("vlm_train.build", "lightning", "vlm_train.training"),
+    ],
+)
+def test_nobody_waits_for_what_is_not_needed(module: str, heavy: str, twin: str) -> None:
+    """Choosing a run needs no torch, and neither a search nor a launcher of ranks needs Lightning."""
+    code = f"import sys, {module}; sys.exit(int('{heavy}' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    twin = code.replace("vlm_train.cli.runs", "vlm_train.engine.states")
-    assert subprocess.run([sys.executable, "-c", twin], check=False).returncode == 1
+    assert subprocess.run([sys.executable, "-c", code.replace(module, twin)], check=False).returncode == 1

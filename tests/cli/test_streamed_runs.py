@@ -136,16 +136,16 @@ def test_plain_packed_and_served_tars_teach_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [MICRO, (*DDP, *MICRO)], ids=["one-process", "two-processes"])
-def test_a_stream_killed_twice_tells_the_same_story(
-    tmp_path: Path, scenes: Path, damaged: str, machine: tuple[str, ...]
+@pytest.mark.parametrize(("machine", "kills"), [(MICRO, (3, 17)), ((*DDP, *MICRO), (17,))], ids=["one", "two"])
+def test_a_killed_stream_tells_the_story_of_an_untouched_one(
+    tmp_path: Path, scenes: Path, damaged: str, machine: tuple[str, ...], kills: tuple[int, ...]
 ) -> None:
-    """Over damaged tars, in micro-batches and with workers: losses and bad samples, in the first epoch and the second.
-    The control has another order."""
-    untouched, killed, other = tmp_path / "untouched", tmp_path / "killed", tmp_path / "other"
+    """Over damaged tars, in micro-batches and with workers: losses and bad samples, in the first epoch and the
+    second."""
+    untouched, killed = tmp_path / "untouched", tmp_path / "killed"
     machine = (*machine, "data.num_workers=2")
     _runs.call(tmp_path, words(scenes, untouched, damaged, *machine))
-    for step in (3, 17):
+    for step in kills:
         _runs.kill_after(tmp_path, words(scenes, killed, damaged, *machine), killed, step)
     assert "resuming" in _runs.call(tmp_path, words(scenes, killed, damaged, *machine))
     assert _runs.learned(killed) == _runs.learned(untouched)
@@ -154,8 +154,9 @@ def test_a_stream_killed_twice_tells_the_same_story(
     assert {error["reason"] for error in errors} >= {"image_corrupt", "bad_header", "truncated"}
     assert len([error for error in errors if error["reason"] == "truncated"]) >= 2  # once an epoch
     assert bad_samples(killed) == errors
-    _runs.call(tmp_path, words(scenes, other, damaged, *machine, "seed=1"))
-    assert _runs.learned(other) != _runs.learned(untouched)
+    if machine == MICRO:
+        _runs.call(tmp_path, words(scenes, tmp_path / "other", damaged, *machine, "seed=1"))  # the twin
+        assert _runs.learned(tmp_path / "other") != _runs.learned(untouched)
 
 
 @pytest.mark.slow

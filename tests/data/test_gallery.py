@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -72,4 +73,10 @@ def test_nothing_to_see_is_a_clear_error(tmp_path: Path, where: str, monkeypatch
 def test_a_broken_file_is_an_error_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff nonsense")
     with pytest.raises(DataError):
+        FolderGallery(folder=tmp_path).open(0)
+
+
+def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(OSError, match="regular"):
         FolderGallery(folder=tmp_path).open(0)

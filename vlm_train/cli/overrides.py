@@ -14,7 +14,7 @@ from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, nearest
 
 _UNREADABLE = (HydraException, ValueError, RecursionError)  # numbers of thousands of digits, lists in lists in lists
-_ALLOWED = "key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"', 'key=[\"https://a/b?c=d\"]'"
+_ALLOWED = "key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"', 'key=[\"a=b\",\"c, d\"]'"
 
 
 def read(word: str) -> Override:

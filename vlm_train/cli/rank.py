@@ -18,10 +18,10 @@ PR_SET_PDEATHSIG = 1
 def main(arguments: list[str]) -> int:
     """Trains this rank's share; exit codes as in cli.main."""
     die_with_parent()
-    from vlm_train import build
+    from vlm_train import training
 
     try:
-        build.train(*_places(arguments))
+        training.train(*_places(arguments))
     except Exception as error:
         code = error.exit_code if isinstance(error, VlmError) else 1
         if global_rank() == 0 or code < 128:

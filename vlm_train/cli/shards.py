@@ -117,6 +117,8 @@ def _select(words: list[str]) -> None:
     selection.save(out)
     kept = selection.content.num_kept()
     print(f"{kept} of {len(manifest)} samples are kept, {len(selection)} in an epoch; data.selection={out}")
+    if num_null := selection.provenance["num_null"]:
+        print(f"{num_null} of the dropped have no value to judge by (NULL)")
 
 
 def _convert(words: list[str]) -> None:

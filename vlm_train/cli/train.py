@@ -84,7 +84,9 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     if config.trainer.devices > 1:
         code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
     else:
-        build.train(run.path, checkpoint)
+        from vlm_train import training
+
+        training.train(run.path, checkpoint)
         code = 0
     if code == 0:
         print(summary(run))

@@ -17,7 +17,7 @@ from vlm_train.data.indexing import Progress, open_manifest
 from vlm_train.data.manifest import Manifest
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
-from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps
+from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps, mixture_of
 from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes
 
@@ -54,9 +54,13 @@ def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int,
             world_size=world_size,
             options=_options(data),
         )
-    named = _named(data["train"]["shards"], data["selection"])
-    ingredients = [_ingredient(data, name, source, spec) for name, source in named]
-    return TrainSteps(ingredients, spec, encoder, rank, world_size)
+    return TrainSteps(_ingredients(data, spec), spec, encoder, rank, world_size)
+
+
+def check_train(data: Data, spec: StreamSpec) -> None:
+    """Raises what `train_steps` would raise of the shards and selections, before anything else of a run is there."""
+    if not data["streaming"]:
+        mixture_of(_ingredients(data, spec), spec)
 
 
 def train_captions(data: Data) -> CaptionStream:
@@ -75,6 +79,12 @@ def _named(shards: Any, selection: str | None) -> list[tuple[str, dict[str, Any]
     if isinstance(shards, Mapping):
         return [(str(name), {"weight": 1.0, "selection": None, **source}) for name, source in shards.items()]
     return [("", {"shards": shards, "weight": 1.0, "selection": selection})]
+
+
+def _ingredients(data: Data, spec: StreamSpec) -> list[Ingredient]:
+    return [
+        _ingredient(data, name, source, spec) for name, source in _named(data["train"]["shards"], data["selection"])
+    ]
 
 
 def _ingredient(data: Data, name: str, described: Mapping[str, Any], spec: StreamSpec) -> Ingredient:

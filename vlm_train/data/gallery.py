@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from vlm_train.data.decode import EncodedImage, decode_captions, decode_metadata, first_image, open_image
+from vlm_train.data.local import regular
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
@@ -55,7 +56,8 @@ class FolderGallery:
 
     def open(self, index: int) -> EncodedImage:
         """See `Gallery.open`."""
-        return open_image(self.paths[index].read_bytes())
+        with open(self.paths[index], "rb", opener=regular) as file:  # a pipe would be waited for without end
+            return open_image(file.read())
 
 
 class ShardGallery:

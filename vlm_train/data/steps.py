@@ -129,7 +129,7 @@ class TrainSteps(StreamSteps):
         super().__init__(spec, rank, world_size)
         self.encoder = encoder
         self.sources = [ingredient.source for ingredient in ingredients]
-        self.mixture = Mixture([_member(ingredient, spec) for ingredient in ingredients])
+        self.mixture = mixture_of(ingredients, spec)
         self.samples_per_epoch = self.mixture.epoch_length
 
     def definition(self) -> dict[str, Any]:
@@ -237,6 +237,11 @@ def report_of(source: Source, row: int, error: DataError) -> dict[str, Any]:
     shard, key = source.locate(row)
     reason, detail = (error.reason, error.detail) if isinstance(error, SampleError) else ("unreadable", str(error))
     return {"shard": shard, "key": key, "row": row, "reason": reason, "detail": detail[:200], "replaced_by": None}
+
+
+def mixture_of(ingredients: Sequence[Ingredient], spec: StreamSpec) -> Mixture:
+    """The order in which the samples of all sources come. Raises as TrainSteps does."""
+    return Mixture([_member(ingredient, spec) for ingredient in ingredients])
 
 
 def _member(ingredient: Ingredient, spec: StreamSpec) -> Member:

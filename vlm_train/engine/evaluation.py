@@ -12,6 +12,9 @@ from vlm_train.engine.sharding import whole
 from vlm_train.evaluation.base import Embedder
 from vlm_train.types import Batch, Evaluator, Tokenizer
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""precision -> dtype of the towers' matrix products; absent where there is no autocast."""
+
 
 class EvaluationSuite:
     """Named evaluators over one loader.

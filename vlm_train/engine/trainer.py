@@ -15,9 +15,6 @@ from lightning.pytorch.strategies import Strategy
 
 from vlm_train.engine.strategies import AnyCheckpoint, Sharded
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""precision -> dtype of the towers' matrix products; absent where there is no autocast."""
-
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 
 from vlm_train.distributed import collectives
-from vlm_train.engine.callbacks.data_errors import record_errors
+from vlm_train.engine.bad_samples import record_errors
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory, append_line, write_atomic
 from vlm_train.log import get_logger

@@ -1,0 +1,125 @@
+"""What each rank runs: the parts of `build.py` in Lightning's loop, from the config of a run to its last step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from vlm_train import build
+from vlm_train.build import Parts, Placement
+from vlm_train.data.gallery import ShardGallery
+from vlm_train.data.pipeline import TrainLoader
+from vlm_train.data.tokenizer import load_tokenizer
+from vlm_train.engine import checkpoints
+from vlm_train.engine.callbacks.checkpoint import Checkpoint
+from vlm_train.engine.callbacks.data_errors import DataErrors
+from vlm_train.engine.callbacks.evaluate import Evaluate
+from vlm_train.engine.callbacks.pictures import Pictures
+from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
+from vlm_train.engine.evaluation import EvaluationSuite
+from vlm_train.engine.module import TrainingModule, Transforms
+from vlm_train.engine.report import write_report
+from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.steps import StepPlan
+from vlm_train.engine.trainer import lightning_trainer, set_up_torch
+from vlm_train.engine.wandb import WandbSink
+from vlm_train.locations import in_texts, scrubbed
+
+
+def train(directory: Path, checkpoint: Path | None) -> None:
+    """What each rank runs: from the config in `directory`, or from `checkpoint`, to the last step."""
+    run = RunDirectory(directory)
+    config = build.read_config(run)
+    placement = Placement.from_environment()
+    set_up_torch(
+        accelerator=config.trainer.accelerator,
+        deterministic=config.trainer.deterministic,
+        num_threads=config.trainer.num_threads,
+    )
+    parts = build.network(config, load_tokenizer(str(run.tokenizer)))
+    loader = build.train_loader(parts, placement)
+    suite = build.evaluation_suite(parts, placement)
+    module = training_module(parts, placement)
+    sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
+    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks))
+    if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
+        path = str(checkpoint / checkpoints.STATE) if checkpoint else None
+        trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    for sink in sinks:
+        sink.close()
+    if placement.rank == 0:
+        run.event("finished", {"step": config.trainer.max_steps})
+        write_report(run)
+
+
+def training_module(parts: Parts, placement: Placement) -> TrainingModule:
+    """The LightningModule around a model and its objective."""
+    config = parts.config
+    plan = StepPlan(
+        global_batch=config.trainer.global_batch,
+        micro_batch=config.trainer.micro_batch,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        seed=config.seed,
+    )
+    if config.precision.name == "fp64":  # before Lightning converts them, which it does after it has read a checkpoint
+        parts.model.double()
+        parts.objective.double()
+    return TrainingModule(
+        model=parts.model,
+        objective=parts.objective,
+        optim=build.make(config.optim),
+        schedule=build.make(config.schedule),
+        plan=plan,
+        transforms=Transforms(recompute=config.strategy.recompute, compile=config.compile.enabled),
+    )
+
+
+def callbacks(
+    parts: Parts, run: RunDirectory, loader: TrainLoader, suite: EvaluationSuite, sinks: list[Any]
+) -> list[lightning.Callback]:
+    """In the order in which they act after a step: record, judge the data, measure, draw, save."""
+    config = parts.config
+    num_steps, global_batch = config.trainer.max_steps, config.trainer.global_batch
+    every_steps, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    gallery = ShardGallery(shards=build.plain(config.data.val.shards)).pixels
+    recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
+    return [
+        recorder,
+        DataErrors(
+            run=run,
+            global_batch=global_batch,
+            max_error_rate=config.data.max_error_rate,
+            samples_per_epoch=loader.samples_per_epoch,
+        ),
+        Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
+        Pictures(run=run, suite=suite, image=parts.image_spec, gallery=gallery),
+        Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
+        StepEnd(recorder),
+    ]
+
+
+def make_trainer(config: Any, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    """The Trainer for this machine."""
+    return lightning_trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=config.strategy.name,
+        precision=config.precision.name,
+        callbacks=callbacks,
+    )
+
+
+def _wandb(config: Any, run: RunDirectory) -> WandbSink:
+    resolved = in_texts(scrubbed, build.plain(config))
+    return WandbSink(
+        project=config.logger.project,
+        entity=config.logger.entity,
+        mode=config.logger.mode,
+        run_id=config.run.id,
+        directory=run.path,
+        config=resolved,
+    )
