@@ -115,6 +115,7 @@ def stream_spec(config: DictConfig) -> StreamSpec:
         num_steps=config.trainer.max_steps,
         shuffle_window=config.data.shuffle_window,
         epoch_end=config.data.epoch_end,
+        pure_batches=config.data.pure_batches,
     )
 
 

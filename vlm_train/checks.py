@@ -236,6 +236,9 @@ def _check_shards(data: Mapping[str, Any]) -> None:
     _check_source("data.val.shards", val)
     if not isinstance(train, Mapping) or not train:
         _check_source("data.train.shards", train)
+        _require(not data["pure_batches"], "there is one source, so every batch is of one source",
+                 got="data.pure_batches=true", allowed="false, or a mixture in data.train.shards",
+                 remedy="data.pure_batches=false")  # fmt: skip
         return
     for name, source in train.items():
         _check_member(f"data.train.shards.{name}", name, source)

@@ -79,6 +79,7 @@ class DataConfig:
     num_workers: int = 1
     shuffle_window: int = 64  # shards mixed together; 0 keeps the order of the files
     epoch_end: str = "drop"
+    pure_batches: bool = False  # of a mixture: all samples of a step from one source
     max_error_rate: float = 0.01
     streaming: bool = False  # read tars from front to back: for what cannot be read at random
     shuffle_buffer: int = 1000  # samples mixed together where data.streaming is on; 0 keeps the order of the files

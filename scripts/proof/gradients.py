@@ -10,9 +10,12 @@ InfoNCE where pairs that share an image or a caption are partners. The loss and 
 temperature and of the bias are compared with one process that forms the whole N x N matrix by a formula of its own. The
 value of a row is the largest relative error of these.
 
+Then the same through the engine's own step under DistributedDataParallel and under FSDP2, which average the gradients,
+at the shares that it deals out.
+
 Each row has a control, an error that public trainers have shipped, measured in the same way; it must fail the bar:
 features of other ranks left out; their gradient left out; the temperature's gradient added up K times; padding rows
-counted.
+counted; each rank left with the gradient of its own pairs.
 """
 
 from __future__ import annotations
@@ -29,15 +32,20 @@ import torch
 import torch.nn.functional as F
 from _table import Row, arguments, report
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm_train.distributed import collectives
 from vlm_train.distributed.ring import Hop
 from vlm_train.distributed.testing import run_ranks
+from vlm_train.engine import sharding
+from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.objectives import tiled
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.infonce import InfoNCE
 from vlm_train.objectives.sigmoid import Sigmoid
-from vlm_train.types import Batch
+from vlm_train.types import Batch, rank_share
 
 BAR = 1e-10  # fp64; measured 1e-15
 Make = Callable[..., Contrastive]
@@ -48,14 +56,17 @@ OBJECTIVES: dict[str, Make] = {
     "multi-positive": partial(InfoNCE, partners="content"),
 }
 IMPLEMENTATIONS = ("gathered", "tiled")
+STRATEGIES = ("ddp", "fsdp2")
 NUM_HARD = 2
 SHARES = {1: [11], 2: [7, 4], 4: [5, 0, 4, 2]}  # pairs per rank
+NUM_PAIRS = 11  # of the engine's steps: at 4 ranks and 3 micro-batches one of them is empty
 LONG_SHARES = {1: [96], 2: [60, 36], 4: [50, 0, 45, 1]}
 
 NOT_GATHERED = "features of others left out"
 NO_GRADIENT = "gradients of others left out"
 TEMPERATURE = "temperature x K"
 PADDING = "padding counted"
+NOT_REDUCED = "each rank alone"
 
 
 class Towers(nn.Module):
@@ -197,6 +208,55 @@ def one_step(
     return {"loss": loss, **averaged}
 
 
+class EngineStep(nn.Module):
+    """The engine's step under a strategy that averages gradients over ranks, as the LightningModule drives it."""
+
+    def __init__(self, name: str, implementation: str, strategy: str, plan: StepPlan) -> None:
+        super().__init__()
+        self.model, self.objective = Towers(), OBJECTIVES[name](implementation=implementation).double()
+        if strategy == "fsdp2":
+            sharding.shard(self.model, init_device_mesh("cpu", (plan.world_size,)))
+        self.parallel = [DistributedDataParallel(self)] if strategy == "ddp" else []  # a list, or it were its own child
+        self.gradient_step = GradientStep(model=self.model, objective=self.objective, plan=plan)
+
+    def run(self, batch: Batch, reduced: bool) -> dict[str, Tensor]:
+        """Loss and gradients; `reduced` False is the error that leaves them to each rank."""
+
+        def backward(scalar: Tensor, is_last: bool) -> None:
+            sharding.reduce_gradients(self.model, is_last and reduced)
+            with ExitStack() as stack:
+                for parallel in self.parallel:
+                    if is_last and reduced:
+                        parallel.reducer.prepare_for_backward([])
+                    else:
+                        stack.enter_context(parallel.no_sync())
+                scalar.backward()
+
+        loss, _ = self.gradient_step.run(batch, 0, backward)
+        if not self.parallel and reduced:
+            sharding.average_unsharded(self.objective.parameters())
+        return {"loss": loss, **{key: _whole(value) for key, value in gradients_of(self.model, self.objective).items()}}
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def engine_step(
+    name: str, implementation: str, strategy: str, num_pairs: int, num_micro_batches: int, reduced: bool
+) -> dict[str, Tensor]:
+    """Loss and gradients of this rank after one step of the engine over `num_pairs` in K micro-batches."""
+    rank, world_size = collectives.rank(), collectives.world_size()
+    start, stop = rank_share(num_pairs, rank, world_size)
+    batch = Batch(**{key: value[start:stop] for key, value in global_batch(name, num_pairs).items()})
+    largest = -(-num_pairs // world_size)
+    plan = StepPlan(
+        global_batch=num_pairs, micro_batch=-(-largest // num_micro_batches), rank=rank, world_size=world_size, seed=0
+    )
+    assert plan.num_micro_batches == num_micro_batches
+    return EngineStep(name, implementation, strategy, plan).run(batch, reduced)
+
+
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative error (norm of the difference over norm) of the loss and of every gradient."""
     errors = [(got[key] - value).norm() / value.norm() for key, value in expected.items()]
@@ -225,6 +285,24 @@ def measure(shares: list[int], all_num_micro_batches: list[int]) -> list[dict[st
     return rows
 
 
+def measure_engine(num_pairs: int, all_num_micro_batches: list[int]) -> list[dict[str, float | str]]:
+    """Every row of the engine's step in this world. Runs on each of its ranks; the worst of them speaks."""
+    rows: list[dict[str, float | str]] = []
+    for name, implementation, strategy in product(OBJECTIVES, IMPLEMENTATIONS, STRATEGIES):
+        expected = reference(name, num_pairs)
+        for num_micro_batches in all_num_micro_batches:
+            world = (name, implementation, strategy, num_pairs, num_micro_batches)
+            value, wrong = (
+                float(collectives.all_reduce_max(torch.tensor(largest_error(engine_step(*world, reduced), expected))))
+                for reduced in (True, False)
+            )
+            where = f"{strategy} x {collectives.world_size()}, {num_micro_batches} micro-batches"
+            rows.append(
+                {"claim": f"{name}, {implementation}: {where} [{NOT_REDUCED}]", "value": value, "control": wrong}
+            )
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__.splitlines()[0], argv)
     layouts = [SHARES, LONG_SHARES] if options.full else [SHARES]
@@ -236,6 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             world = (layout[world_size], all_num_micro_batches)
             measured = measure(*world) if world_size == 1 else run_ranks(measure, world_size, *world)[0]
             rows += [Row(bar=BAR, sense="<=", **row) for row in measured]
+    for world_size in (2, 4):
+        measured = run_ranks(measure_engine, world_size, NUM_PAIRS, [1, 2, 3])[0]
+        rows += [Row(bar=BAR, sense="<=", **row) for row in measured]
     return report(rows, options.json)
 
 

@@ -48,6 +48,7 @@ def message(*words: str) -> str:
         ("data.train.shards=7", ["data.train.shards names no shards"]),
         ("data.train.shards=[true]", ["data.train.shards names no shards"]),
         ("data.train.shards={a: {shards: null}, b: {shards: x}}", ["data.train.shards.a.shards names no shards"]),
+        ("data.pure_batches=true", ["there is one source", "data.pure_batches"]),
         ("data.train.shards={a: {shards: x, selection: 5}}", ["data.train.shards.a.selection"]),
         ("data.train.shards={a: {shards: x, weight: 0}}", ["data.train.shards.a", "above 0"]),
         ("data.train.shards={a: {shards: x, weight: null}}", ["data.train.shards.a", "above 0"]),

@@ -65,6 +65,7 @@ def recipes(draw, kinds=("tar", "beton", "mixture")):
         "global_batch": draw(st.integers(max(WORLDS), 29)),
         "seed": draw(st.integers(0, 99)),
         "shuffle_window": draw(st.integers(0, 5)),
+        "pure_batches": draw(st.booleans()),
     }
 
 

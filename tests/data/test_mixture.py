@@ -105,13 +105,16 @@ def test_a_weight_too_small_to_be_drawn_is_refused_by_name():
         numerators({"cc12m": 1, "coco": 1e-6})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    times=st.lists(st.integers(1, 9), min_size=1, max_size=4), window=st.integers(0, 6), start=st.integers(0, 10**12)
+    times=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    window=st.integers(0, 6),
+    start=st.integers(0, 10**12),
+    block=st.sampled_from([1, 1, 2, 7, 64]),
 )
-def test_each_source_goes_through_its_own_stream_without_a_gap(times, window, start):
+def test_each_source_goes_through_its_own_stream_without_a_gap(times, window, start, block):
     members = [member(name, times[i], num_rows=9 + 11 * i, window=window) for i, name in enumerate(NAMES[: len(times)])]
-    mixture, positions = Mixture(members), start + np.arange(150)
+    mixture, positions = Mixture(members, block=block), start + np.arange(150)
     places = mixture.locate(positions)
     first, last = mixture.cursors(start), mixture.cursors(start + 150)
     for number, one in enumerate(members):
@@ -131,6 +134,19 @@ def test_a_position_does_not_depend_on_what_else_is_asked(asked):
     whole, some = mixture.locate(np.arange(501)), mixture.locate(np.array(asked))
     for name in ("sources", "epochs", "rows", "weights"):
         assert np.array_equal(getattr(whole, name)[asked], getattr(some, name))
+
+
+@settings(max_examples=60, deadline=None)
+@given(times=st.lists(st.integers(1, 9), min_size=2, max_size=4), block=st.integers(1, 50), start=st.integers(0, 10**9))
+def test_in_blocks_every_batch_is_of_one_source_and_the_shares_stay(times, block, start):
+    members = [member(name, times[i]) for i, name in enumerate(NAMES[: len(times)])]
+    batches = block * (start + np.arange(20))[:, None] + np.arange(block)
+    sources = Mixture(members, block=block).locate(batches.ravel()).sources.reshape(20, block)
+    assert (sources == sources[:, :1]).all()
+    single = Mixture(members).locate(start + np.arange(20)).sources
+    assert np.array_equal(sources[:, 0], single)  # batches come as samples do without
+    mixed = Mixture(members).locate(batches.ravel()).sources.reshape(20, block)  # the twin
+    assert block < sum(times) or not (mixed == mixed[:, :1]).all()
 
 
 @pytest.mark.parametrize("epoch_end", ["drop", "wrap", "pad_zero_weight"])
@@ -188,6 +204,10 @@ def test_a_bad_sample_is_replaced_from_its_own_source():
 def test_an_epoch_of_a_mixture_is_over_when_every_source_has_come_through():
     mixture = Mixture([member("laion", 0.75, num_rows=90), member("coco", 0.25, num_rows=9)])
     assert mixture.epoch_length == 120 and min(mixture.epochs(120)) == 1 and min(mixture.epochs(119)) == 0
+    in_blocks = Mixture(mixture.members, block=16)
+    length = in_blocks.epoch_length
+    assert length % 16 == 0 and min(in_blocks.epochs(length)) == 1
+    assert min(in_blocks.epochs(length - 4 * 16)) == 0  # one table of places earlier
 
 
 def test_the_fingerprint_tells_what_the_stream_is_made_of():
@@ -196,7 +216,8 @@ def test_the_fingerprint_tells_what_the_stream_is_made_of():
 
     other = Selection.from_mask(np.arange(40) % 2 == 0)
     prints = [of(), of(weight=2), of(manifest="n"), of(selection=other), Mixture([member("laion")]).fingerprint]
-    assert len(set(prints)) == 5 and of() == of(weight=1)
+    prints.append(Mixture([member("laion"), member("coco", 1)], block=8).fingerprint)
+    assert len(set(prints)) == 6 and of() == of(weight=1)
 
 
 @pytest.mark.parametrize("epoch_end", ["drop", "pad_zero_weight"])

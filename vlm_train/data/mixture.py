@@ -10,7 +10,8 @@ Quarterly 1974).
 
 How many samples of a source came before a position is arithmetic: whole tables times n_s, and a look into the table.
 So nothing is stored for a source, and each wraps through its own epochs by its own order (`order.Stream`). One source
-alone is a mixture of one: D = 1, and its positions are those of the stream.
+alone is a mixture of one: D = 1, and its positions are those of the stream. Where the samples of a batch are to come
+from one source, so that a loss does not learn to tell sources apart, a place of the table is a block of positions.
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ class Mixture:
 
     Args:
         members: the sources, in any order: it decides their numbers, not where their samples stand.
+        block: how many positions in a row belong to one source.
 
     Raises:
         ConfigError: a name comes twice, a weight is not above 0, or several sources do not all `wrap`.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = list(members)
+    def __init__(self, members: Sequence[Member], *, block: int = 1) -> None:
+        self.members, self.block = list(members), block
         _check(self.members)
         self._times = np.array(numerators({member.name: member.weight for member in self.members}))
         by_name = np.array(sorted(range(len(self.members)), key=lambda number: self.members[number].name))
@@ -78,9 +80,10 @@ class Mixture:
 
     def locate(self, positions: NDArray[np.int64]) -> Places:
         """What stands at global positions [n]; a padding place has weight 0, row 0."""
-        periods, inside = np.divmod(positions, len(self._table))
+        blocks, within = np.divmod(positions, self.block)
+        periods, inside = np.divmod(blocks, len(self._table))
         sources = self._table[inside].astype(np.int64)
-        cursors = periods * self._times[sources] + self._before[inside]
+        cursors = (periods * self._times[sources] + self._before[inside]) * self.block + within
         epochs, rows = np.zeros_like(positions), np.zeros_like(positions)
         weights = np.zeros(len(positions), np.float32)
         for source in np.unique(sources):
@@ -90,8 +93,10 @@ class Mixture:
 
     def cursors(self, position: int) -> NDArray[np.int64]:
         """How many samples of each source [num_sources] came before a global position."""
-        periods, inside = divmod(position, len(self._table))
-        return periods * self._times + np.bincount(self._table[:inside], minlength=len(self.members))
+        blocks, within = divmod(position, self.block)
+        periods, inside = divmod(blocks, len(self._table))
+        whole = periods * self._times + np.bincount(self._table[:inside], minlength=len(self.members))
+        return whole * self.block + within * (np.arange(len(self.members)) == self._table[inside])
 
     def epochs(self, position: int) -> list[int]:
         """The epoch that each source is in at a global position."""
@@ -107,7 +112,10 @@ class Mixture:
     def epoch_length(self) -> int:
         """Positions until every source has come through its first epoch."""
         streams = [member.stream for member in self.members]
-        return max(math.ceil(stream.epoch_length / share) for stream, share in zip(streams, self.shares, strict=True))
+        return max(
+            math.ceil(Fraction(-(-stream.epoch_length // self.block)) / share) * self.block
+            for stream, share in zip(streams, self.shares, strict=True)
+        )
 
     def replacements(self, source: int, row: int) -> Replacements:
         """The rows of the same source to try, in order, when its sample at `row` is bad."""
@@ -115,12 +123,14 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what the stream is made of: names, shares, manifests and selections, in order of names."""
+        """sha256 over what the stream is made of: names, shares, manifests and selections, in order of names, and how
+        many samples in a row are of one source where that is more than one."""
         facts = [
             (member.name, str(share), member.manifest, member.stream.order.selection.fingerprint)
             for member, share in zip(self.members, self.shares, strict=True)
         ]
-        return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
+        text = json.dumps(sorted(facts)) + (f" in blocks of {self.block}" if self.block > 1 else "")
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def numerators(weights: Mapping[str, float]) -> list[int]:

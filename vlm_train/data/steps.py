@@ -35,7 +35,8 @@ class StreamSpec:
     """What defines a training stream beside its data.
 
     `global_batch`: G, samples of one step over all ranks. `num_steps`: length of the run. `shuffle_window`: shards
-    mixed together, 0 for file order. `epoch_end`: see `order.Stream`.
+    mixed together, 0 for file order. `epoch_end`: see `order.Stream`. `pure_batches`: all samples of a step are of one
+    source of a mixture.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class StreamSpec:
     num_steps: int
     shuffle_window: int = 64
     epoch_end: EpochEnd = "drop"
+    pure_batches: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +243,8 @@ def report_of(source: Source, row: int, error: DataError) -> dict[str, Any]:
 
 def mixture_of(ingredients: Sequence[Ingredient], spec: StreamSpec) -> Mixture:
     """The order in which the samples of all sources come. Raises as TrainSteps does."""
-    return Mixture([_member(ingredient, spec) for ingredient in ingredients])
+    block = spec.global_batch if spec.pure_batches and len(ingredients) > 1 else 1
+    return Mixture([_member(ingredient, spec) for ingredient in ingredients], block=block)
 
 
 def _member(ingredient: Ingredient, spec: StreamSpec) -> Member:

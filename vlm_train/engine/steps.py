@@ -49,7 +49,8 @@ class StepPlan:
         return 1 if self.micro_batch is None else -(-largest // self.micro_batch)
 
     def slices(self) -> list[tuple[int, int]]:
-        """[start, stop) of each micro-batch within this rank's batch; the last may be shorter, none is empty."""
+        """[start, stop) of each micro-batch within this rank's batch; the last may be shorter, or empty where K is
+        that of a larger share."""
         start, stop = rank_share(self.global_batch, self.rank, self.world_size)
         return [rank_share(stop - start, index, self.num_micro_batches) for index in range(self.num_micro_batches)]
 

@@ -44,10 +44,8 @@ class Recorder(lightning.Callback):
         self._progress = Progress(num_steps)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Measures what the machine could do at best, once."""
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        peak = peak_flops(pl_module.device, torch.float64 if trainer.precision == "64-true" else dtype)
-        self._peak = peak * trainer.world_size if peak else None
+        """Measures what the machine could do at best."""
+        self._peak = self._measured_peak(trainer, pl_module.device)
         self._step_ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
@@ -71,12 +69,23 @@ class Recorder(lightning.Callback):
             **outputs["row"],
             "samples_per_second": round(rate, 3),
             "data_wait": round((self._step_started - self._step_ended) / seconds, 5),
-            "mfu": round(rate * flops / self._peak, 5) if self._peak else None,
+            "mfu": self._utilisation(rate * flops, trainer, pl_module.device),
         }
         append_line(self.run.metrics, row)
         for sink in self.sinks:
             sink(row)
         self._progress.show(row)
+
+    def _utilisation(self, flops: float, trainer: lightning.Trainer, device: torch.device) -> float | None:
+        if self._peak and flops > self._peak:  # it was measured while others used the cores
+            self._peak = max(self._peak, self._measured_peak(trainer, device) or 0.0)
+        return round(flops / self._peak, 5) if self._peak else None
+
+    @staticmethod
+    def _measured_peak(trainer: lightning.Trainer, device: torch.device) -> float | None:
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        peak = peak_flops(device, torch.float64 if trainer.precision == "64-true" else dtype)
+        return peak * trainer.world_size if peak else None
 
     def _flops_per_sample(self, model: Any, num_text_tokens: int) -> float:
         """Kept by text length: a foreign tower counts by running once."""
