@@ -30,6 +30,8 @@ NEEDS = {
     ("precision", "fp16"): "a GPU",
     ("logger", "wandb"): "tests/engine/test_wandb.py",
     ("compile", "blocks"): "a minute",
+    ("objective", "distill"): "tests/cli/test_distilled_runs.py",
+    ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
 }
 EXTRA = {
     ("strategy", "ddp"): [],
@@ -39,6 +41,8 @@ EXTRA = {
     ("optim", "adamw_frozen_text"): ["model=clip_minilm"],
     ("optim", "adamw_frozen_vision"): ["model=efficientnet_tiny"],
     ("objective", "sigmoid"): ["model=siglip_tiny"],
+    ("objective", "distill"): ["objective.teacher=runs/teacher"],
+    ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],
 }
 SMALL = ["trainer.max_steps=2", "trainer.global_batch=6", "schedule.warmup_steps=1", "data.num_workers=0"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
 from vlm_train.objectives.base import Objective, check_outputs
+from vlm_train.objectives.distill import Distill
 from vlm_train.types import ImageSpec, Tokenizer
 
 
@@ -82,28 +84,30 @@ def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Pro
     tokenizer.save(str(run.tokenizer))
 
 
-def network(config: DictConfig, tokenizer: Tokenizer) -> Parts:
-    """Model and objective, initialised from the seed; keys that do not fit each other are refused here."""
+def network(config: DictConfig, tokenizer: Tokenizer, *, with_values: bool = True) -> Parts:
+    """Model and objective, initialised from the seed, or the model's shapes alone, on the meta device; keys that do not
+    fit each other are refused here."""
     torch.manual_seed(config.seed)
     node = {key: value for key, value in config.model.items() if key not in ("text", "tokenizer")}
-    text = make(config.model.text, {"spec": tokenizer.spec})
-    model = make(node, {"text": text})
+    with nullcontext() if with_values else torch.device("meta"):
+        text = make(config.model.text, {"spec": tokenizer.spec})
+        model = make(node, {"text": text})
     objective = make(config.objective)
     check_outputs(objective, model.outputs)
     return Parts(config=config, tokenizer=tokenizer, model=model, objective=objective)
 
 
-def encoder(config: DictConfig, spec: ImageSpec, tokenizer: Tokenizer, *, train: bool) -> SampleEncoder:
+def encoder(parts: Parts, *, train: bool) -> SampleEncoder:
     """Bytes to tensors: augmented for training, deterministic for evaluation."""
-    augment = config.data.augment
-    transform = TrainTransform(spec=spec, **plain(augment)) if train else EvalTransform(spec=spec)
+    config, spec = parts.config, parts.image_spec
+    transform = TrainTransform(spec=spec, **plain(config.data.augment)) if train else EvalTransform(spec=spec)
     on_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
     return SampleEncoder(
         transform=transform,
-        tokenizer=tokenizer,
+        tokenizer=parts.tokenizer,
         colours_later=train and on_gpu,
         hard_captions=config.data.hard_captions if train else 0,
-        contents=train and config.objective.get("partners") == "content",
+        contents=train and "contents" in parts.objective.reads,
     )
 
 
@@ -125,7 +129,7 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
     steps = building.train_steps(
         plain(config.data),
         stream_spec(config),
-        encoder(config, parts.image_spec, parts.tokenizer, train=True),
+        encoder(parts, train=True),
         placement.rank,
         placement.world_size,
     )
@@ -137,7 +141,7 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     config = parts.config
     loader = EvalLoader(
         source=building.eval_source(plain(config.data)),
-        encoder=encoder(config, parts.image_spec, parts.tokenizer, train=False),
+        encoder=encoder(parts, train=False),
         batch_size=config.evaluation.batch_size,
         rank=placement.rank,
         world_size=placement.world_size,
@@ -165,6 +169,35 @@ def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig 
     parts.objective.load_state_dict(_under(state, "objective."))
     parts.model.eval()
     return parts
+
+
+def bind_teachers(parts: Parts) -> None:
+    """Loads the run that an objective distils from; only training needs it.
+
+    Raises:
+        ConfigError: the run is not there, or its model reads other images or other ids of text.
+    """
+    for objective in parts.objective.modules():
+        if isinstance(objective, Distill):
+            teacher = load(Path(objective.teacher))
+            _check_teacher(parts, teacher, objective.teacher)
+            objective.bind(teacher.model)
+
+
+def _check_teacher(parts: Parts, teacher: Parts, where: str) -> None:
+    own, theirs = parts.image_spec, teacher.image_spec
+    probe = ["a photo of a dog", "two cats, one bird", "1234567890"]
+    ids = [whose.tokenizer(probe)[0].tolist() for whose in (parts, teacher)]
+    if own.size != theirs.size:
+        raise ConfigError(
+            "the teacher reads images of another size", got=f"{theirs.size} pixels ({where})",
+            allowed=f"{own.size}, as the model that is trained", remedy=f"model.vision.image.size={theirs.size}",
+        )  # fmt: skip
+    if ids[0] != ids[1]:
+        raise ConfigError(
+            "the teacher has another tokenizer", got=where, allowed="the tokenizer of the model that is trained",
+            remedy=f"set model.tokenizer as {where}/config.yaml has it, and train on the same captions",
+        )  # fmt: skip
 
 
 def make(node: Any, runtime: Mapping[str, Any] | None = None) -> Any:

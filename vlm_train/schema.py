@@ -159,7 +159,6 @@ class Config:
 MACHINE_KEYS = (
     "run",
     "strategy",
-    "objective.implementation",
     "compile",
     "checkpoint",
     "evaluation",
@@ -185,7 +184,7 @@ def learning_view(config: DictConfig) -> dict[str, Any]:
     A URL that was only signed anew, or got another password, says the same.
     """
     flat = flatten(in_texts(identity, OmegaConf.to_container(config, resolve=True)))
-    return {key: value for key, value in flat.items() if not any(_under(key, machine) for machine in MACHINE_KEYS)}
+    return {key: value for key, value in flat.items() if not _is_of_the_machine(key)}
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -196,6 +195,11 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
+
+
+def _is_of_the_machine(key: str) -> bool:
+    how_a_loss_is_computed = _under(key, "objective") and key.endswith(".implementation")
+    return how_a_loss_is_computed or any(_under(key, machine) for machine in MACHINE_KEYS)
 
 
 def _under(key: str, parent: str) -> bool:

@@ -12,7 +12,7 @@ from vlm_train.build import Parts, Placement
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.tokenizer import load_tokenizer
-from vlm_train.engine import checkpoints
+from vlm_train.engine import checkpoints, sharding
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
 from vlm_train.engine.callbacks.data_errors import DataErrors
 from vlm_train.engine.callbacks.evaluate import Evaluate
@@ -38,7 +38,9 @@ def train(directory: Path, checkpoint: Path | None) -> None:
         deterministic=config.trainer.deterministic,
         num_threads=config.trainer.num_threads,
     )
-    parts = build.network(config, load_tokenizer(str(run.tokenizer)))
+    with_values = sharding.is_built_by(placement.rank, config.strategy.name)
+    parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
+    build.bind_teachers(parts)
     loader = build.train_loader(parts, placement)
     suite = build.evaluation_suite(parts, placement)
     module = training_module(parts, placement)

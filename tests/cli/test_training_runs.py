@@ -70,6 +70,14 @@ def test_one_process_two_processes_and_micro_batches_learn_the_same(untouched: C
 
 
 @pytest.mark.slow
+def test_compiled_blocks_learn_the_same(tmp_path: Path, scenes: Path, untouched: Callable[[str], Path]) -> None:
+    _runs.call(tmp_path, words(scenes, tmp_path / "compiled", "compile=blocks"))
+    losses = _runs.losses(tmp_path / "compiled")
+    assert losses == pytest.approx(_runs.losses(untouched("one")), abs=1e-3)
+    assert losses != pytest.approx(_runs.losses(untouched("other")), abs=1e-3)  # the twin
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [(), DDP], ids=["one-process", "two-processes"])
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, scenes: Path, machine: tuple[str, ...]) -> None:
     run = tmp_path / "run"

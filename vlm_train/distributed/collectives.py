@@ -106,6 +106,15 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return _all_reduce(x, dist.ReduceOp.MAX)
 
 
+def broadcast(x: Tensor) -> Tensor:
+    """What rank 0 has, as a new tensor without gradient where `x` lies."""
+    if not is_distributed():
+        return x.detach().clone()
+    wire = x.detach().to(x.device if x.device.type == "cuda" else _wire_device()).clone()
+    dist.broadcast(wire, src=0)
+    return wire.to(x.device)
+
+
 def _all_reduce(x: Tensor, operation: Any) -> Tensor:
     total = x.detach().clone()
     if is_distributed():

@@ -4,6 +4,9 @@ Order of the transforms, which must not change: activation checkpointing per blo
 block and then of the rest. All of them act in place, so the names of parameters stay those of the plain model, and a
 checkpoint of one strategy is a checkpoint of every other.
 
+Only rank 0 builds the model with its values; the others build its shapes on the meta device, and get their slices of
+what rank 0 has. So the first weights are those of a single process, and a host's memory holds the model once.
+
 The model is sharded, the objective is not: a temperature has nothing to shard and must stay out of every cast. Its
 gradient is averaged over ranks by `average_unsharded`, as the reduction of FSDP2 averages the others.
 """
@@ -12,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -28,13 +33,31 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
         yield from getattr(module, "blocks", None) or []
 
 
+def is_built_by(rank: int, strategy: str) -> bool:
+    """Whether this rank builds the values of the model, or its shapes alone."""
+    return rank == 0 or strategy != "fsdp2"
+
+
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards every block, then the rest of the model, over the ranks of `mesh`. In place."""
+    """Shards every block, then the rest of the model, over the ranks of `mesh`. In place. The values are rank 0's;
+    those of other ranks may be on the meta device. Collective."""
+    values = model.state_dict() if collectives.rank() == 0 else {}
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for name in getattr(model, "forward_methods", ()):
         register_fsdp_forward_method(model, name)
+    _distribute(model, values, torch.device(mesh.device_type))
+
+
+@torch.no_grad()
+def _distribute(model: nn.Module, values: dict[str, Any], device: torch.device) -> None:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, values, options=options)
+    for buffer in model.buffers():  # also those that are in no state
+        buffer.copy_(collectives.broadcast(buffer))
 
 
 def reduce_gradients(model: nn.Module, enabled: bool) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,14 @@ from vlm_train.types import Batch, LossOutput, Model
 
 
 class Objective(nn.Module, ABC):
-    """Base of what trains. `requires`: the keys of `Model.outputs` that the objective reads."""
+    """Base of what trains.
 
-    requires: ClassVar[frozenset[str]]
+    `requires`: the keys of `Model.outputs` that the objective reads. `reads`: fields of the batch that it reads beside
+    those that every batch has.
+    """
+
+    requires: frozenset[str]
+    reads: frozenset[str] = frozenset()
 
     @abstractmethod
     def count(self, batch: Batch) -> Tensor:

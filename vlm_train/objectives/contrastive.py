@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Contrastive(CoupledObjective):
             `auto`: tiled where gathered would take more than `GATHERED_SHARE` of the device's memory.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"image_features", "text_features"})
+    requires = frozenset({"image_features", "text_features"})
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Contrastive(CoupledObjective):
             )
         self.init_scale, self.max_scale = init_scale, max_scale
         self.partners, self.implementation = partners, implementation
+        self.reads = frozenset({"contents"} if partners == "content" else ())
         self.logit_scale = nn.Parameter(wide_empty(), requires_grad=learn_temperature)
 
     @torch.no_grad()
