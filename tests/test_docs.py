@@ -156,6 +156,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "openmoji.import_openmoji",
         "importers.import_folder",
         "importers.import_coco",
+        "aro.import_aro",
         "scenes.make.make_scenes",
     ):
         monkeypatch.setattr(f"vlm_train.data.{target}", lambda *args, **kwargs: summary)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +140,21 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
 def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     """The evaluators of the config over its validation split."""
     config = parts.config
-    loader = EvalLoader(
-        source=building.eval_source(plain(config.data)),
+    data = plain(config.data)
+    loader_of = partial(
+        EvalLoader,
         encoder=encoder(parts, train=False),
         batch_size=config.evaluation.batch_size,
         rank=placement.rank,
         world_size=placement.world_size,
         num_workers=0,
     )
-    evaluators = {name: make(node) for name, node in config.evaluation.evaluators.items()}
     return EvaluationSuite(
-        evaluators=evaluators, loader=loader, tokenizer=parts.tokenizer, autocast=AUTOCAST.get(config.precision.name)
+        evaluators={name: make(node) for name, node in config.evaluation.evaluators.items()},
+        loader=loader_of(source=building.eval_source(data)),
+        train=building.TrainSplit(data, loader_of),
+        tokenizer=parts.tokenizer,
+        autocast=AUTOCAST.get(config.precision.name),
     )
 
 

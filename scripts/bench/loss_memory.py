@@ -23,9 +23,8 @@ import open_clip.loss as theirs
 import torch
 from torch import Tensor
 
-from vlm_train.distributed import collectives
+from vlm_train.distributed import collectives, ring
 from vlm_train.distributed.ring import Hop
-from vlm_train.objectives import tiled
 from vlm_train.objectives.pairing import Pairing, sigmoid_gathered, softmax_gathered
 from vlm_train.objectives.tiled import sigmoid_tiled, softmax_tiled
 
@@ -59,7 +58,7 @@ def one_rank_of(world_size: int) -> Iterator[None]:
         mock.patch.object(collectives, "rank", lambda: 0),
         mock.patch.object(collectives, "world_size", lambda: world_size),
         mock.patch.object(collectives, "gather_rows", everything),
-        mock.patch.object(tiled, "pass_on", lambda tensors: Hop([], list(tensors), list(tensors))),
+        mock.patch.object(ring, "pass_on", lambda tensors: Hop([], list(tensors), list(tensors))),
         mock.patch("torch.distributed.nn.all_gather", lambda x: echo(x, world_size)),
         mock.patch("torch.distributed.nn.all_reduce", lambda x, op: echo(x, 1)[0]),
         mock.patch.object(theirs, "neighbour_exchange_with_grad", lambda a, b, x: echo(x, 1)[0]),

@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_train.distributed import collectives
+from vlm_train.distributed import collectives, ring
 from vlm_train.distributed.ring import Hop
 from vlm_train.distributed.testing import run_ranks
 from vlm_train.engine import sharding
@@ -186,7 +186,7 @@ def shipped_error(control: str, implementation: str) -> Iterator[Any]:
         yield mock.patch.object(collectives, "rank", lambda: 0)
     if (control, implementation) == (NOT_GATHERED, "tiled"):
         yield mock.patch.object(tiled, "travelling", lambda tensors, counts: islice(blocks(tensors, counts), 1))
-        yield mock.patch.object(tiled, "pass_on", lambda tensors: Hop([], list(tensors), list(tensors)))
+        yield mock.patch.object(ring, "pass_on", lambda tensors: Hop([], list(tensors), list(tensors)))
 
 
 def one_step(

@@ -170,3 +170,23 @@ def test_any_document_gives_records_failures_or_an_error(tmp_path_factory, docum
     except DataError:
         return
     assert sum(done.num_samples.values()) >= 1
+
+
+def test_flickr30k_as_karpathy_split_it(tmp_path, images, capsys):
+    """No `filepath`, no `cocoid`; five captions are kept; an image that is not there is told, and why."""
+    from vlm_train.cli.main import main
+
+    rows = [
+        {"sentids": [5 * n + k for k in range(5)], "imgid": n, "split": split, "filename": name,
+         "sentences": [{"raw": f"Sentence {k} of {n}.", "tokens": [], "imgid": n} for k in range(5)]}
+        for n, (split, name) in enumerate([("test", "a.jpg"), ("test", "gone.jpg"), ("train", "a.jpg")])
+    ]  # fmt: skip
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": rows, "dataset": "flickr30k"}))
+    out = tmp_path / "flickr"
+    words = ["data", "import", "coco", str(tmp_path / "dataset_flickr30k.json"), str(images), str(out)]
+    assert main([*words, "--split", "test"]) == 0
+    (sample,) = ShardSource(shards=str(out / "test")).read([0])
+    metadata = json.loads(sample.parts["json"])
+    assert metadata["captions"] == [f"Sentence {k} of 0." for k in range(5)]
+    assert (metadata["source"], metadata["image_id"]) == ("flickr30k", 0)
+    assert "1 samples could not be imported (no_image 1)" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_train.engine.scores import controls_of, counts_of, scores_of
+from vlm_train.engine.scores import cells, controls_of, counts_of, scores_of
 
 RETRIEVAL = {
     "step": 7,
@@ -57,3 +57,23 @@ def test_controls_are_not_scores() -> None:
     assert [score.name for score in scores_of(VQA)] == ["exact match", "f1"]
     assert controls_of(VQA) == {"exact_match_shuffled_images": 12.0, "text_blind_prior": 10.0}
     assert [score.chance for score in scores_of(VQA)] == [None, None]
+
+
+COMPOSITION = {
+    "accuracy": {"all": 70.0, "order": 60.0},
+    "chance": 50.0,
+    "blind": {"all": 51.0, "order": 52.0},
+    "interval_95": {"accuracy": {"all": [60.0, 80.0]}},
+    "spread": {"all": 1.0},
+    "settings": {"l2": 0.1},
+    "held_out_types": ["order"],
+}
+
+
+def test_a_control_of_each_score_is_a_column() -> None:
+    assert controls_of(COMPOSITION) == {}
+    header, rows = cells(scores_of(COMPOSITION), interval=".1f")
+    assert header == ["score", "chance", "blind", "95% interval"]
+    assert rows == [["accuracy all", "70.00", "50.00", "51.00", "60.0 to 80.0"],
+                    ["accuracy order", "60.00", "50.00", "52.00", ""]]  # fmt: skip
+    assert cells(scores_of(ZERO_SHOT), interval=".1f")[0] == ["score", "chance", "95% interval"]

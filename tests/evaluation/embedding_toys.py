@@ -39,7 +39,9 @@ class ToyEmbedder:
         return torch.stack([vector(text) for text in texts]) if texts else torch.zeros(0, WIDTH)
 
 
-def batches(all_captions: list[list[str]], batch_size: int, labels: list[int] | None = None) -> Iterator[Batch]:
+def batches(
+    all_captions: list[list[str]], batch_size: int, labels: list[int] | None = None, metadata: list[dict] | None = None
+) -> Iterator[Batch]:
     """This rank's share, as the evaluation loader cuts it: equally many batches on all ranks, padded with weight 0."""
     total = len(all_captions)
     world_size = collectives.world_size()
@@ -55,5 +57,19 @@ def batches(all_captions: list[list[str]], batch_size: int, labels: list[int] | 
             weights=torch.tensor([1.0] * len(rows) + [0.0] * num_padding),
             all_captions=[all_captions[row] for row in rows] + [["padding"]] * num_padding,
             keys=[f"key{row}" for row in rows] + [""] * num_padding,
+            metadata=[metadata[row] if metadata else {} for row in rows] + [{}] * num_padding,
             labels=torch.tensor([labels[row] if labels else -1 for row in rows] + [-1] * num_padding),
         )
+
+
+class ToyTrain:
+    """A training split of pictures 0, 1, ... with these labels; image i lies where the validation image i lies."""
+
+    def __init__(self, labels: list[int], captions: list[str] | None = None) -> None:
+        self.labels, self.texts = labels, captions or []
+
+    def batches(self) -> Iterator[Batch]:
+        return batches([[]] * len(self.labels), 5, self.labels)
+
+    def captions(self) -> Iterator[str]:
+        return iter(self.texts)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from vlm_train.errors import VlmError
 from vlm_train.evaluation.metrics import (
     Standing,
-    chance_at_k,
     credit_at_k,
+    knowing_nothing,
     macro_mean,
     on_grid,
     standings,
@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_ranked_are_refused(bad: float) -> None:
 
 
 def test_chance_with_several_right_answers() -> None:
-    chance = chance_at_k(torch.tensor([1, 5]), 100, 10)
+    chance = credit_at_k(knowing_nothing(torch.tensor([1, 5]), 100), 10)
     assert chance[0].item() == pytest.approx(0.1)
     assert chance[1].item() == pytest.approx(1 - math.comb(95, 10) / math.comb(100, 10))
 

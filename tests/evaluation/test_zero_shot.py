@@ -71,8 +71,8 @@ def test_classes_file_brings_its_own_templates(tmp_path: Path) -> None:
     assert ZeroShot(classes=str(path)).templates == ("a {}",)
     assert ZeroShot(classes=str(path), templates="simple").templates == TEMPLATE_SETS["simple"]
     assert ZeroShot(classes=NAMES).templates == TEMPLATE_SETS["generic"]
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match="does not hold class names"):
+    path.write_text("[5]")
+    with pytest.raises(ConfigError, match="does not hold classes"):
         ZeroShot(classes=str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         ZeroShot(classes=str(tmp_path / "absent.json"))
@@ -81,7 +81,7 @@ def test_classes_file_brings_its_own_templates(tmp_path: Path) -> None:
 def test_labels_and_names_must_match() -> None:
     with pytest.raises(DataError, match="label 6, with 3 class names"):
         ZeroShot(classes=NAMES[:3]).run(ToyEmbedder(), batches(ITEMS, 4, LABELS))
-    with pytest.raises(DataError, match="needs labels"):
+    with pytest.raises(DataError, match=r"needs labels, and data\.val\.shards has none"):
         ZeroShot(classes=NAMES).run(ToyEmbedder(), batches(ITEMS, 4))
     with pytest.raises(ConfigError, match="repeated: cat"):
         ZeroShot(classes=["cat", "cat", "dog"])
@@ -94,3 +94,30 @@ def test_templates_are_checked() -> None:
         with pytest.raises(ConfigError, match="placeholder"):
             resolve_templates(unusable)
     assert len(TEMPLATE_SETS["simple"]) == 7
+
+
+def test_classes_and_templates_may_be_files_of_the_user(tmp_path: Path) -> None:
+    """The eighty templates and thousand names of ImageNet come as lists of texts, with {} or {c}."""
+    eighty = [f"a photo {number} of a {{c}}." for number in range(79)] + ["{}"]
+    (tmp_path / "templates.json").write_text(json.dumps(eighty))
+    (tmp_path / "templates.txt").write_text("\n".join(eighty) + "\n\n")
+    (tmp_path / "names.txt").write_text("\ufeff" + "\n".join(NAMES), encoding="utf-8")
+    (tmp_path / "names.json").write_text(json.dumps(NAMES))
+    results = []
+    for names in ("names.txt", "names.json"):
+        for templates in ("templates.txt", "templates.json"):
+            evaluator = ZeroShot(classes=str(tmp_path / names), templates=str(tmp_path / templates))
+            assert len(evaluator.templates) == 80 and evaluator.templates[3] == "a photo 3 of a {}."
+            results.append(evaluator.run(ToyEmbedder(), batches(ITEMS, 3, LABELS)))
+    assert results == [ZeroShot(classes=NAMES, templates=eighty).run(ToyEmbedder(), batches(ITEMS, 3, LABELS))] * 4
+    assert results[0] != ZeroShot(classes=NAMES, templates="plain").run(ToyEmbedder(), batches(ITEMS, 3, LABELS))
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '"text"', "[" * 100_000, "nonsense"])
+def test_a_file_of_something_else_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    for build in (lambda path: ZeroShot(classes=path), resolve_templates):
+        with pytest.raises(ConfigError, match=r"x\.json"):
+            build(str(tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match=r"absent\.txt cannot be read"):
+        resolve_templates(str(tmp_path / "absent.txt"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm_train.cli import shards
-from vlm_train.cli.options import Action, Option, arguments, count, local, out_folder, plain, share, whole
+from vlm_train.cli.options import Action, Option, arguments, choice, count, local, out_folder, plain, share, whole
 from vlm_train.cli.progress import Ticker
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
@@ -15,9 +15,12 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data import folder FOLDER OUT [--val-fraction 0.1]
            images with KEY.txt beside them, or one captions.csv|json|jsonl|parquet with image, caption[, label]
        vlm-train data import coco ANNOTATIONS IMAGES OUT [--split NAME]
-           COCO captions JSON, or Karpathy's dataset_coco.json
+           COCO captions JSON, or Karpathy's dataset_coco.json and dataset_flickr30k.json
+       vlm-train data import aro QUESTIONS IMAGES OUT
+           ARO's visual_genome_relation.json or visual_genome_attribution.json, for evaluation=composition
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
-           rendered scenes with complete ground truth
+                                        [--hold-out attribute|relation|order|count|negation]
+           rendered scenes with complete ground truth; a type of false caption may be held out of training
        vlm-train data index SHARDS ...
            the manifest of shards (made on first use anyway)
        vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--selection DIR] [--json FILE]
@@ -56,7 +59,12 @@ def _choose(actions: Mapping[str, Action], words: list[str], verb: str) -> Actio
 
 
 def _import(words: list[str]) -> None:
-    importers = {"openmoji": _import_openmoji, "folder": _import_folder, "coco": _import_coco}
+    importers = {
+        "openmoji": _import_openmoji,
+        "folder": _import_folder,
+        "coco": _import_coco,
+        "aro": _import_aro,
+    }
     _choose(importers, words, "vlm-train data import")(words[1:])
 
 
@@ -83,11 +91,20 @@ def _import_coco(words: list[str]) -> None:
     _tell(import_coco(annotations, images, out, split=options["--split"], progress=Ticker("images")))
 
 
+def _import_aro(words: list[str]) -> None:
+    from vlm_train.data.aro import import_aro
+
+    places = {"QUESTIONS": local, "IMAGES": local, "OUT": out_folder}
+    (questions, images, out), _ = arguments(words, places, {})
+    _tell(import_aro(questions, images, out, progress=Ticker("questions")))
+
+
 def _make(words: list[str]) -> None:
     _choose({"scenes": _make_scenes}, words, "vlm-train data make")(words[1:])
 
 
 def _make_scenes(words: list[str]) -> None:
+    from vlm_train.data.scenes.language import CONTRASTS
     from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
 
     known = {
@@ -95,6 +112,7 @@ def _make_scenes(words: list[str]) -> None:
         "--seed": Option(whole(_LOWEST_SEED, _HIGHEST_SEED), 0),
         "--size": Option(whole(SMALLEST_SIDE, _LARGEST_SIDE), 64),
         "--val-fraction": Option(share(zero=True, one=False), 0.1),
+        "--hold-out": Option(choice(*CONTRASTS)),
     }
     (out,), options = arguments(words, {"OUT": out_folder}, known)
     summary = make_scenes(
@@ -103,6 +121,7 @@ def _make_scenes(words: list[str]) -> None:
         seed=options["--seed"],
         size=options["--size"],
         val_fraction=options["--val-fraction"],
+        hold_out=options["--hold-out"],
         progress=Ticker("scenes"),
     )
     _tell(summary)
@@ -113,4 +132,7 @@ def _tell(summary: Summary) -> None:
     state = "is there already" if summary.already_there else "written"
     print(f"{summary.directory} {state}: {counts} samples, {summary.num_bytes / 1e6:.1f} MB")
     if summary.num_errors:
-        print(f"{summary.num_errors} samples could not be imported: {summary.directory}/import_errors.jsonl")
+        reasons = ", ".join(f"{reason} {num}" for reason, num in summary.facts.get("errors", {}).items())
+        print(
+            f"{summary.num_errors} samples could not be imported ({reasons}): {summary.directory}/import_errors.jsonl"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_train.engine.scores import controls_of, counts_of, scores_of
+from vlm_train.engine.scores import cells, controls_of, counts_of, scores_of
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "  ", left: int = 1) -> list[str]:
@@ -23,16 +23,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str =
 
 def describe(name: str, result: Mapping[str, Any]) -> list[str]:
     """A result of an evaluator as lines: a row for each score, then controls and counts."""
-    rows = [
-        [
-            score.name,
-            f"{score.value:.2f}",
-            "" if score.chance is None else f"{score.chance:.2f}",
-            "" if score.interval is None else f"{score.interval[0]:.2f} to {score.interval[1]:.2f}",
-        ]
-        for score in scores_of(result)
-    ]
-    lines = table([name, "score", "chance", "95% interval"], rows)
+    header, rows = cells(scores_of(result), interval=".2f")
+    lines = table([name, *header], rows)
     facts = [f"{key.replace('_', ' ')} {value:.2f}" for key, value in controls_of(result).items()]
     facts += [f"{value:,} {key.replace('_', ' ')}" for key, value in counts_of(result).items()]
     facts += [f"step {result['step']:,}"] if "step" in result else []

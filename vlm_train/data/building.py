@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps, mixture_of
 from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes
+from vlm_train.errors import ConfigError
+from vlm_train.types import Batch
 
 Data = Mapping[str, Any]
+
+_MAX_CAPTIONED = 20_000  # samples whose captions tell what is likely to be said
 
 
 def manifests(data: Data, split: str, progress: Progress | None = None) -> Iterator[Manifest]:
@@ -36,6 +41,38 @@ def manifests(data: Data, split: str, progress: Progress | None = None) -> Itera
 def eval_source(data: Data) -> ShardSource:
     """The validation split."""
     return ShardSource(shards=data["val"]["shards"], options=_options(data))
+
+
+class TrainSplit:
+    """The training split as evaluation reads it, whatever a selection says: its sources one after the other.
+
+    Args:
+        data: the `data` part of the config.
+        loader_of: makes an evaluation loader over a `source`.
+    """
+
+    def __init__(self, data: Data, loader_of: Callable[..., Iterable[Batch]]) -> None:
+        self._data, self._loader_of = data, loader_of
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's share of each source.
+
+        Raises:
+            ConfigError: the split is streamed, so nobody knows its shares.
+        """
+        if self._data["streaming"]:
+            raise ConfigError(
+                "an evaluator that learns from the training split cannot read a stream",
+                got="data.streaming=true",
+                allowed="data.streaming=false",
+                remedy="leave out the probe evaluator",
+            )
+        for _, source in _named(self._data["train"]["shards"], None):
+            yield from self._loader_of(source=ShardSource(shards=source["shards"], options=_options(self._data)))
+
+    def captions(self) -> Iterator[str]:
+        """Captions of all sources, as a tokenizer is trained on."""
+        return iter(train_captions(self._data, max_samples=_MAX_CAPTIONED))
 
 
 def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int, world_size: int) -> StreamSteps:
@@ -63,15 +100,17 @@ def check_train(data: Data, spec: StreamSpec) -> None:
         mixture_of(_ingredients(data, spec), spec)
 
 
-def train_captions(data: Data) -> CaptionStream:
-    """What a tokenizer is trained on: the captions of all sources, whatever a selection says."""
+def train_captions(data: Data, max_samples: int = MAX_SAMPLES) -> CaptionStream:
+    """What a tokenizer is trained on: the captions of all sources, whatever a selection says; of a larger source those
+    of `max_samples`, evenly spaced."""
     if data["streaming"]:
         options = _options(data)
         tapes = ShuffledTapes(tars(data["train"]["shards"], options), seed=0, buffer=0, options=options)
-        return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), MAX_SAMPLES))
+        return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), max_samples))
     named = _named(data["train"]["shards"], None)
     sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
-    return CaptionStream(lambda: itertools.chain.from_iterable(map(every_sample, sources)))
+    samples = partial(every_sample, max_samples=max_samples)
+    return CaptionStream(lambda: itertools.chain.from_iterable(map(samples, sources)))
 
 
 def _named(shards: Any, selection: str | None) -> list[tuple[str, dict[str, Any]]]:

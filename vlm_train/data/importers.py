@@ -62,11 +62,11 @@ def import_folder(
     folder = Path(folder)
     if not 0 <= val_fraction <= 1:
         raise DataError("a share of the images", got=val_fraction, allowed="from 0 to 1")
-    _require(folder, "folder", os.path.isdir)
+    require(folder, "folder", os.path.isdir)
     errors: Errors = []
     records = records_of(folder, errors)
     parameters = {"dataset": "folder", "val_fraction": val_fraction}
-    return _write(records, errors, folder, Path(out), parameters, max_samples, progress)
+    return write_records(records, errors, folder, Path(out), parameters, max_samples, progress)
 
 
 def import_coco(
@@ -93,8 +93,8 @@ def import_coco(
         DataError: a file of another format, an unknown split, or no image that can be imported.
     """
     path, images_dir = Path(annotations_json), Path(images_dir)
-    _require(path, "annotation file", os.path.exists)
-    _require(images_dir, "image folder", os.path.isdir)
+    require(path, "annotation file", os.path.exists)
+    require(images_dir, "image folder", os.path.isdir)
     if split is not None and not _SPLIT.fullmatch(split):
         raise DataError("a split that cannot be the name of a folder", got=split, allowed="letters, digits, _ and -")
     errors: Errors = []
@@ -111,16 +111,19 @@ def import_coco(
             got=f"{type(error).__name__}: {error}",
             allowed="captions_train2017.json and its like, or Karpathy's dataset_coco.json",
         ) from error
-    return _write(records, errors, images_dir, Path(out), {"dataset": "coco", "split": split}, max_samples, progress)
+    return write_records(
+        records, errors, images_dir, Path(out), {"dataset": "coco", "split": split}, max_samples, progress
+    )
 
 
-def _require(path: Path, what: str, is_there: Callable[[Path], bool]) -> None:
+def require(path: Path, what: str, is_there: Callable[[Path], bool]) -> None:
+    """Raises DataError where `what` is not there."""
     if not is_there(path):
         raise DataError(f"no such {what}", got=str(path), remedy="check the path")
 
 
 def _from_coco(document: Mapping[str, Any], split: str, errors: Errors) -> list[Record]:
-    named = _rows(document.get("licenses") or [], "licenses", {"id": _ID, "name": _TEXT}, errors)
+    named = typed_rows(document.get("licenses") or [], "licenses", {"id": _ID, "name": _TEXT}, errors)
     licenses = {row["id"]: row["name"] for row in named}
     kinds = {"id": _ID, "file_name": _TEXT, "license": _MAYBE_ID, "coco_url": _MAYBE_TEXT, "flickr_url": _MAYBE_TEXT}
     records: dict[int | str, Record] = {}
@@ -132,7 +135,7 @@ def _from_coco(document: Mapping[str, Any], split: str, errors: Errors) -> list[
         fields = {"image_id": row["id"], "source": "coco", "license": licenses.get(row.get("license"))}
         fields["url"] = row.get("coco_url") or row.get("flickr_url")
         records[row["id"]] = Record(row["file_name"], [], split, _known(fields))
-    for row in _rows(document["annotations"], "annotations", {"image_id": _ID}, errors):
+    for row in typed_rows(document["annotations"], "annotations", {"image_id": _ID}, errors):
         if row["image_id"] in records:
             _take_caption(records[row["image_id"]], row.get("caption"), errors)
         else:
@@ -168,13 +171,13 @@ def _from_karpathy(document: Mapping[str, Any], images_dir: Path, split: str | N
 
 
 def _images(document: Mapping[str, Any], kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
-    images = _rows(document["images"], "images", kinds, errors)
+    images = typed_rows(document["images"], "images", kinds, errors)
     if not images:
         raise ValueError(f"no row of `images` can be used; the first {[error['detail'] for error in errors[:1]]}")
     return images
 
 
-def _rows(rows: object, name: str, kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
+def typed_rows(rows: object, name: str, kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
     """The objects of a list whose values are of the given types; what else it holds is added to `errors`."""
     if not isinstance(rows, list):
         raise TypeError(f"`{name}` is a {type(rows).__name__}, not a list")
@@ -198,7 +201,7 @@ def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _write(
+def write_records(
     records: Sequence[Record],
     errors: Errors,
     folder: Path,
@@ -207,6 +210,7 @@ def _write(
     max_samples: int,
     progress: Progress | None,
 ) -> Summary:
+    """Writes the dataset. Raises DataError when not one record can be imported."""
     inputs = _fingerprint(records, errors, folder)
     with DatasetWriter(out, parameters={**parameters, "inputs": inputs}, max_samples=max_samples) as writer:
         if writer.finished is not None:

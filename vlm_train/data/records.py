@@ -7,6 +7,7 @@ the same parts, so they give the same uids. Whatever is wrong with one row or on
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import reprlib
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlm_train.data.decode import decode_label
+from PIL import Image
+
+from vlm_train.data.decode import SampleError, decode_label, open_image
 from vlm_train.data.local import printable, regular
 from vlm_train.data.tables import TABLES, Row, read_table
 from vlm_train.data.writer import to_json
@@ -29,12 +32,14 @@ _INTEGER = re.compile(r"([+-]?[0-9]{1,19})(\.0+)?")  # 4.0: what pandas makes of
 
 @dataclass(slots=True)
 class Record:
-    """One image to import: its path below the image folder, its captions, its split, more fields of KEY.json."""
+    """One image to import: its path below the image folder, its captions, its split, more fields of KEY.json; `box`
+    [x0, y0, x1, y1] in pixels, where only a part of the picture is meant."""
 
     file: str
     captions: list[str]
     split: str = "train"
     fields: dict[str, Any] = field(default_factory=dict)
+    box: tuple[int, int, int, int] | None = None
 
 
 Errors = list[dict[str, str]]
@@ -116,7 +121,7 @@ def image_suffix(content: bytes) -> str | None:
 
 
 def read_record(record: Record, folder: Path) -> dict[str, bytes] | str:
-    """The parts of the sample (image as it is, txt, json), or the reason why there is none."""
+    """The parts of the sample (image as it is, or the part of it; txt, json), or the reason why there is none."""
     captions = [caption.strip() for caption in record.captions if caption.strip()]
     if not captions:
         return "no_caption"
@@ -128,6 +133,11 @@ def read_record(record: Record, folder: Path) -> dict[str, bytes] | str:
     suffix = image_suffix(content)
     if suffix is None:
         return "image_unknown"
+    if record.box is not None:
+        cut = _cut(content, record.box)
+        if isinstance(cut, str):
+            return cut
+        suffix, content = "png", cut
     metadata = {"captions": captions, **record.fields, "file": printable(record.file)}
     return {suffix: content, "txt": captions[0].encode(), "json": to_json(metadata)}
 
@@ -141,6 +151,21 @@ def _content(path: Path, *, absent: str) -> bytes | str:
             return file.read()
     except OSError as error:
         return absent if error.errno in _ABSENT else "unreadable"
+
+
+def _cut(content: bytes, box: tuple[int, int, int, int]) -> bytes | str:
+    """A part of a picture as PNG, or the reason why it cannot be had."""
+    try:
+        pixels = open_image(content).decode()
+    except SampleError as error:
+        return error.reason
+    left, top, right, bottom = (max(0, edge) for edge in box)
+    part = pixels[top:bottom, left:right]
+    if not part.size:
+        return "bad_row"
+    stream = io.BytesIO()
+    Image.fromarray(part).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def _from_text_files(folder: Path, errors: Errors) -> list[Record]:

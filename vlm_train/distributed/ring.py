@@ -7,7 +7,7 @@ hop is sent while the rank computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +52,34 @@ def padded(rows: Tensor, num_rows: int) -> Tensor:
     out = rows.new_zeros(num_rows, *rows.shape[1:])
     out[: rows.shape[0]] = rows
     return out
+
+
+def travelling(tensors: Sequence[Tensor], counts: list[int]) -> Iterator[list[Tensor]]:
+    """What `tensors` hold on each rank in turn, this rank first. `counts`: rows of every rank. Collective."""
+    rank, world_size = collectives.rank(), len(counts)
+    block = [padded(tensor, max(counts)) for tensor in tensors]
+    for hop in range(world_size):
+        ahead = pass_on(block) if hop + 1 < world_size else None
+        yield [tensor[: counts[(rank + hop) % world_size]] for tensor in block]
+        block = ahead.wait() if ahead else block
+
+
+class Homeward:
+    """What travels behind the texts and grows on its way: each rank adds its part, and the whole comes home."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+        self.hop: Hop | None = None
+
+    def add(self, part: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """This rank's part about the texts it holds now; call once for each block of `travelling`."""
+        if self.hop is not None:
+            (before,) = self.hop.wait()
+            part = merge(before[: len(part)], part)
+        self.hop = pass_on([padded(part, max(self.counts))])
+
+    def arrived(self) -> Tensor:
+        """The whole, for this rank's own texts."""
+        assert self.hop is not None
+        (whole,) = self.hop.wait()
+        return whole[: self.counts[collectives.rank()]]

@@ -1,4 +1,4 @@
-"""The evaluators of a run bound to its validation data; used between training steps and by `vlm-train evaluate`."""
+"""The evaluators of a run bound to its data; used between training steps and by `vlm-train evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlm_train.engine.sharding import whole
-from vlm_train.evaluation.base import Embedder
+from vlm_train.evaluation.base import Embedder, Learner, TrainSplit
 from vlm_train.types import Batch, Evaluator, Tokenizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +22,7 @@ class EvaluationSuite:
     Args:
         evaluators: name -> evaluator.
         loader: yields this rank's validation batches; iterated once per evaluator.
+        train: the training split, for evaluators that learn from it first.
         tokenizer: for evaluators that bring their own texts (prompts).
         autocast: the dtype of the towers' matrix products; None computes in the parameters' own.
     """
@@ -31,10 +32,11 @@ class EvaluationSuite:
         *,
         evaluators: Mapping[str, Evaluator],
         loader: Iterable[Batch],
+        train: TrainSplit,
         tokenizer: Tokenizer,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.evaluators, self.loader = dict(evaluators), loader
+        self.evaluators, self.loader, self.train = dict(evaluators), loader, train
         self.tokenizer, self.autocast = tokenizer, autocast
         self.errors: list[dict[str, Any]] = []  # samples of this rank that the last pass could not read
 
@@ -45,9 +47,14 @@ class EvaluationSuite:
         model.eval()
         embedder = Embedder(model=model, tokenizer=self.tokenizer, device=device, autocast=self.autocast)
         with whole(model):
-            results = {name: dict(each.run(embedder, self._batches())) for name, each in self.evaluators.items()}
+            results = {name: dict(self._run(each, embedder)) for name, each in self.evaluators.items()}
         model.train(was_training)
         return results
+
+    def _run(self, evaluator: Evaluator, embedder: Embedder) -> Mapping[str, Any]:
+        if isinstance(evaluator, Learner):
+            evaluator.fit(embedder, self.train)
+        return evaluator.run(embedder, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         self.errors = []

@@ -18,7 +18,7 @@ import yaml
 from vlm_train.engine import report_page as page
 from vlm_train.engine.charts import Chart, Series, number, share
 from vlm_train.engine.rundir import RunDirectory, read_lines, write_atomic
-from vlm_train.engine.scores import controls_of, counts_of, scores_of
+from vlm_train.engine.scores import cells, controls_of, counts_of, scores_of
 from vlm_train.locations import in_texts, scrubbed
 
 Rows = list[dict[str, Any]]
@@ -124,20 +124,12 @@ def _headline(history: Rows) -> Iterable[tuple[str, str]]:
 def _tables(history: Rows) -> list[str]:
     tables = []
     for row in _newest(history):
-        lines = [
-            [
-                score.name,
-                f"{score.value:.2f}",
-                "" if score.chance is None else f"{score.chance:.2f}",
-                "" if score.interval is None else f"{score.interval[0]:.1f} to {score.interval[1]:.1f}",
-            ]
-            for score in scores_of(row)
-        ]
+        header, lines = cells(scores_of(row), interval=".1f")
         facts = [f"{key.replace('_', ' ')} {value:.1f}" for key, value in controls_of(row).items()]
         facts += [f"{value:,} {key.replace('_', ' ')}" for key, value in counts_of(row).items()]
         facts += [f"after step {row['step']:,}"]
         caption = row["name"].replace("_", " ").capitalize()
-        tables.append(page.table(caption, ["", "score", "chance", "95% interval"], lines, ", ".join(facts)))
+        tables.append(page.table(caption, ["", *header], lines, ", ".join(facts)))
     return [f'<div class="tables">{"".join(tables)}</div>'] if tables else []
 
 

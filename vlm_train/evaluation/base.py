@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_train.distributed import collectives
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, DataError
+from vlm_train.evaluation.metrics import wilson_interval
 from vlm_train.types import Batch, Tokenizer
 
 _TEXTS_PER_FORWARD = 256
@@ -33,6 +34,24 @@ class Embed(Protocol):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """N strings -> fp32 [N, D], L2-normalised. N may differ between ranks and may be 0."""
+
+
+class TrainSplit(Protocol):
+    """The training split as evaluation reads it: every sample once, in file order, without augmentation."""
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's share, as the evaluation loader cuts it."""
+
+    def captions(self) -> Iterator[str]:
+        """The captions of the whole split, the same on every rank; evenly spaced samples of a large one."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An evaluator that learns from the training split before it measures."""
+
+    def fit(self, embedder: Any, train: TrainSplit) -> None:
+        """Called before `run`, on every rank. Collective."""
 
 
 class Embedder:
@@ -104,6 +123,55 @@ def counted(batch: Batch) -> Tensor:
     return torch.ones(len(batch["images"]), dtype=torch.bool) if weights is None else weights.cpu() != 0
 
 
+class Labelled(NamedTuple):
+    """This rank's labelled images: `features` fp32 [I, D], `labels` int64 [I]; `num_unlabelled` images had none."""
+
+    features: Tensor
+    labels: Tensor
+    num_unlabelled: int
+
+
+def embed_labelled(embedder: Embed, batches: Iterator[Batch], *, split: str) -> Labelled:
+    """Embeds the images of a split, and keeps those that have a label. Collective.
+
+    Raises:
+        DataError: no batch at all, or on every rank, when no rank found a label.
+    """
+    images, labels, num_images = [], [], 0
+    for batch in batches:
+        keep = counted(batch)
+        label_B = batch["labels"].cpu() if "labels" in batch else torch.full((len(keep),), -1)
+        features = embedder.images(batch["images"])
+        labelled = keep & (label_B >= 0)
+        images.append(features[labelled.to(features.device)])
+        labels.append(label_B[labelled].to(features.device))
+        num_images += int(keep.sum())
+    if not images:
+        raise DataError("There is nothing to evaluate", got="no batches", remedy=f"check data.{split}.shards")
+    found = Labelled(torch.cat(images), torch.cat(labels), num_images - sum(map(len, labels)))
+    if not sum(collectives.gather_objects(len(found.labels))):
+        raise DataError(
+            f"Classification needs labels, and data.{split}.shards has none",
+            got="no image with a label",
+            allowed="`label` in KEY.json, a whole number from 0",
+            remedy="leave out the evaluators that classify (zero_shot, fine_grained, probe), or import labels too",
+        )
+    return found
+
+
+def check_counts(key: str, values: Sequence[int]) -> tuple[int, ...]:
+    """The values, as a tuple. Raises ConfigError unless there is one at least, and each is 1 or more."""
+    if not values or any(not isinstance(value, int) or value < 1 for value in values):
+        raise ConfigError(f"{key} of an evaluator cannot be this", got=list(values) or "no number",
+                          allowed="whole numbers from 1", remedy=f"{key}: [1, 5, 10]")  # fmt: skip
+    return tuple(values)
+
+
 def percent(share: float | Tensor) -> float:
     """A share, or the mean of a tensor of credits, in percent; ten decimals, so that a quarter prints as 25.0."""
     return round(100.0 * float(share.mean() if isinstance(share, Tensor) else share), 10)
+
+
+def interval_95(score: float, num_trials: int) -> list[float]:
+    """The Wilson interval of a score in percent, in percent."""
+    return [percent(bound) for bound in wilson_interval(score / 100.0 * num_trials, num_trials)]

@@ -21,29 +21,43 @@ from torch import Tensor
 
 from vlm_train.errors import VlmError
 
-_GRID = 2.0**26
+_GRID_BITS = 26
 _TILE_SCORES = 1 << 22  # scores held at once: 32 MiB
 
 
+def exact(rows: Tensor) -> Tensor:
+    """Unit rows [N, D] in fp64 on the grid on which dot products are exact."""
+    return in_steps(rows, _GRID_BITS)
+
+
 def on_grid(features: Tensor, name: str) -> Tensor:
-    """Unit-length rows [N, D] in fp64 on the grid on which dot products are exact.
+    """`exact`, of rows that are looked at first.
 
     Raises:
         VlmError: when a row is not finite or not of unit length. A NaN must never be ranked: every comparison with it
             is false, which reads as "nothing ranks above".
     """
-    rows = features.to(torch.float64)
-    norms = rows.norm(dim=1)
-    bad = ~((norms - 1).abs() <= 1e-3)  # written so that NaN is bad
+    norms, bad = not_unit(features)
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise VlmError(
-            f"{name} cannot be ranked: some rows are not unit vectors",
-            got=f"{int(bad.sum())} of {len(rows)} rows, first is row {first} with norm {float(norms[first]):g}",
-            allowed="finite rows of norm 1",
-            remedy="evaluate an earlier checkpoint, or look for a NaN loss in metrics.jsonl",
-        )
-    return (rows * _GRID).round() / _GRID
+        raise no_unit_rows(name, int(bad.sum()), len(features), first, float(norms[first]))
+    return exact(features)
+
+
+def not_unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of rows, fp64 [N], and which of them are not finite or not of unit length."""
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+    return norms, ~((norms - 1).abs() <= 1e-3)  # written so that NaN is bad
+
+
+def no_unit_rows(name: str, num_bad: int, num_rows: int, first: int, norm: float) -> VlmError:
+    """The error about rows that cannot be ranked."""
+    return VlmError(
+        f"{name} cannot be ranked: some rows are not unit vectors",
+        got=f"{num_bad} of {num_rows} rows, first is row {first} with norm {norm:g}",
+        allowed="finite rows of norm 1",
+        remedy="evaluate an earlier checkpoint, or look for a NaN loss in metrics.jsonl",
+    )
 
 
 class Standing(NamedTuple):
@@ -61,13 +75,14 @@ def standings(queries_QD: Tensor, candidates_ND: Tensor, query_item_Q: Tensor, c
     """
     tile = max(1, _TILE_SCORES // max(1, len(candidates_ND)))
     parts = [
-        _tile_standings(query @ candidates_ND.T, item[:, None] == candidate_item_N)
+        standing_of(query @ candidates_ND.T, item[:, None] == candidate_item_N)
         for query, item in zip(queries_QD.split(tile), query_item_Q.split(tile), strict=True)
     ]
     return Standing(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _tile_standings(scores_QN: Tensor, right_QN: Tensor) -> Standing:
+def standing_of(scores_QN: Tensor, right_QN: Tensor) -> Standing:
+    """Where the best right candidate of each query stands, by scores on which equality can be relied."""
     best_Q1 = scores_QN.masked_fill(~right_QN, -math.inf).amax(1, keepdim=True)
     equal_QN = scores_QN == best_Q1
     return Standing(
@@ -92,10 +107,15 @@ def credit_at_k(standing: Standing, k: int) -> Tensor:
     return torch.where(standing.num_right > 0, 1.0 - missed, 0.0)
 
 
-def chance_at_k(num_right_Q: Tensor, num_candidates: int, k: int) -> Tensor:
-    """What a scorer that knows nothing earns: all candidates tied. fp64 [Q]."""
-    nothing_above = torch.zeros_like(num_right_Q)
-    return credit_at_k(Standing(nothing_above, num_candidates - num_right_Q, num_right_Q), k)
+def knowing_nothing(num_right_Q: Tensor, num_candidates: int) -> Standing:
+    """Where right candidates stand for a scorer that knows nothing: all are tied. What that earns is chance."""
+    return Standing(torch.zeros_like(num_right_Q), num_candidates - num_right_Q, num_right_Q)
+
+
+def in_steps(values: Tensor, bits: int) -> Tensor:
+    """fp64 values rounded to multiples of 2^-bits: sums of them below 2^(53 - bits) are exact, so they have no order,
+    and values that differ by less than a rounding error are equal."""
+    return (values.to(torch.float64) * 2.0**bits).round() / 2.0**bits
 
 
 def wilson_interval(successes: float, num_trials: int, z: float = 1.959964) -> tuple[float, float]:

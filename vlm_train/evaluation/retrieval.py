@@ -1,9 +1,8 @@
 """Image-text retrieval, exact, with the work shared among ranks.
 
-1. Each rank embeds its share of the images and all their captions.
-2. Features are gathered; ranks hold equal galleries from here on, so an error is raised on all of them.
-3. Each rank ranks its share of the queries, in tiles; the standings (three integers per query) are gathered and every
-   rank averages the same list in the same order.
+1. Each rank embeds its share of the images and all their captions, and keeps them.
+2. What cannot be ranked is an error on every rank.
+3. Texts travel round the ranks and are ranked in tiles (see `ranking`); what is added up over ranks are integers.
 
 Scores are exact (see `metrics`), so the result is identical for any world size, given equal features. An image may have
 several captions: a text query has one right image, an image query is answered by any of its captions. Recall is in
@@ -12,9 +11,8 @@ percent, 0..100, as the field prints it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +20,15 @@ from torch import Tensor
 
 from vlm_train.distributed import collectives
 from vlm_train.errors import DataError
-from vlm_train.evaluation.base import Embed, counted, percent
-from vlm_train.evaluation.metrics import Standing, chance_at_k, credit_at_k, on_grid, standings, wilson_interval
-from vlm_train.types import Batch, rank_share
+from vlm_train.evaluation.base import Embed, check_counts, counted, interval_95, percent
+from vlm_train.evaluation.metrics import Standing, exact, knowing_nothing
+from vlm_train.evaluation.ranking import check_unit, mean_credit, one_row_per_text, paired_standings
+from vlm_train.types import Batch
 
 _NUM_MATRIX_ITEMS = 32
 _NUM_SEARCHES = 8
 _NUM_HITS = 5
+_ROWS_PER_TILE = 1 << 16
 
 
 @dataclass(slots=True)
@@ -48,22 +48,14 @@ class RetrievalExamples:
 
 @dataclass(slots=True)
 class _Share:
-    """What this rank embedded. `item_N`: the local image of each caption."""
+    """What this rank embedded. `item_N`: the local image of each caption; `before`: images of the ranks before."""
 
-    keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    images_ID: list[Tensor] = field(default_factory=list)
-    texts_ND: list[Tensor] = field(default_factory=list)
-    item_N: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Gallery:
-    """All images and captions, on every rank. `item_N`: the image of each caption, ascending."""
-
+    keys: list[str]
+    captions: list[str]
     images_ID: Tensor
     texts_ND: Tensor
     item_N: Tensor
+    before: int
 
 
 class Retrieval:
@@ -78,7 +70,7 @@ class Retrieval:
     name = "retrieval"
 
     def __init__(self, *, ks: Sequence[int] = (1, 5, 10)) -> None:
-        self.ks = tuple(ks)
+        self.ks = check_counts("ks", ks)
         self.examples: RetrievalExamples | None = None
 
     def run(self, embedder: Embed, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -94,134 +86,109 @@ class Retrieval:
             VlmError: features that are not finite.
         """
         share = _embed(embedder, batches)
-        gallery = _gather(share)
-        items_I = torch.arange(len(gallery.images_ID), device=gallery.item_N.device)
-        by_text = _shared_standings(gallery.texts_ND, gallery.images_ID, gallery.item_N, items_I)
-        by_image = _shared_standings(gallery.images_ID, gallery.texts_ND, items_I, gallery.item_N)
-        self.examples = _examples(share, gallery)
+        _check(share)
+        share.texts_ND = one_row_per_text(share.texts_ND, share.captions)
+        by_text, by_image = paired_standings(share.images_ID, share.texts_ND, share.item_N)
+        self.examples = _examples(share)
 
-        num_images, num_pairs = len(gallery.images_ID), len(gallery.texts_ND)
-        captions_I = torch.bincount(gallery.item_N, minlength=num_images)
+        num_images, num_pairs = _over_ranks(len(share.keys)), _over_ranks(len(share.captions))
         scores = {"text_to_image": self._recall(by_text), "image_to_text": self._recall(by_image)}
-        ones_N = torch.ones_like(gallery.item_N)
+        captions_I = torch.bincount(share.item_N, minlength=len(share.keys))
         return {
             **scores,
             "num_pairs": num_pairs,
             "num_images": num_images,
-            "chance": {f"R@{k}": percent(chance_at_k(ones_N, num_images, k)) for k in self.ks},
-            "chance_image_to_text": {f"R@{k}": percent(chance_at_k(captions_I, num_pairs, k)) for k in self.ks},
+            "chance": self._recall(knowing_nothing(torch.ones_like(share.item_N), num_images)),
+            "chance_image_to_text": self._recall(knowing_nothing(captions_I, num_pairs)),
+            # captions of one image are not independent trials: images are, and counting them is the cautious choice
             "interval_95": {
-                direction: {key: _interval(value, num_images) for key, value in recall.items()}
+                direction: {key: interval_95(value, num_images) for key, value in recall.items()}
                 for direction, recall in scores.items()
             },
         }
 
     def _recall(self, standing: Standing) -> dict[str, float]:
-        return {f"R@{k}": percent(credit_at_k(standing, k)) for k in self.ks}
+        return {f"R@{k}": percent(credit) for k, credit in mean_credit(standing, self.ks).items()}
 
 
-def _interval(score: float, num_images: int) -> list[float]:
-    # captions of one image are not independent trials: images are, and counting them is the cautious choice
-    return [percent(bound) for bound in wilson_interval(score / 100.0 * num_images, num_images)]
+def _over_ranks(count: int) -> int:
+    return sum(collectives.gather_objects(count))
 
 
 def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:
-    share = _Share()
+    keys: list[str] = []
+    texts: list[str] = []
+    images_ID, texts_ND, item_N = [], [], []
     for batch in batches:
         # padding rows are embedded too: every rank runs the same forwards
         keep = counted(batch)
         rows = keep.nonzero().flatten().tolist()
         captions = batch["all_captions"] if "all_captions" in batch else [[text] for text in batch["captions"]]
-        first = len(share.keys)
+        first = len(keys)
         images_BD = embedder.images(batch["images"])
-        share.images_ID.append(images_BD[keep.to(images_BD.device)])
-        share.keys += [batch["keys"][row] if "keys" in batch else f"image {first + i}" for i, row in enumerate(rows)]
-        share.captions += [text for row in rows for text in captions[row]]
-        share.item_N += [first + i for i, row in enumerate(rows) for _ in captions[row]]
-        share.texts_ND.append(embedder.texts([text for row in rows for text in captions[row]]))
-    return share
-
-
-def _gather(share: _Share) -> _Gallery:
-    if not share.images_ID:
+        images_ID.append(images_BD[keep.to(images_BD.device)])
+        keys += [batch["keys"][row] if "keys" in batch else f"image {first + i}" for i, row in enumerate(rows)]
+        item_N += [first + i for i, row in enumerate(rows) for _ in captions[row]]
+        new = [text for row in rows for text in captions[row]]
+        texts_ND.append(embedder.texts(new))
+        texts += new
+    if not images_ID:
         raise DataError("There is nothing to evaluate", got="no batches", remedy="check data.val.shards")
-    images_ID = torch.cat(share.images_ID)
-    device = images_ID.device
-    counts = collectives.row_counts(images_ID)
-    item_N = torch.tensor(share.item_N, dtype=torch.int64, device=device) + sum(counts[: collectives.rank()])
-    gallery = _Gallery(
-        images_ID=on_grid(collectives.gather_rows_detached(images_ID), "Image features"),
-        texts_ND=on_grid(collectives.gather_rows_detached(torch.cat(share.texts_ND)), "Text features"),
-        item_N=collectives.gather_rows_detached(item_N),
+    images = torch.cat(images_ID)
+    counts = collectives.row_counts(images)
+    return _Share(
+        keys=keys,
+        captions=texts,
+        images_ID=images,
+        texts_ND=torch.cat(texts_ND),
+        item_N=torch.tensor(item_N, dtype=torch.int64, device=images.device),
+        before=sum(counts[: collectives.rank()]),
     )
-    gallery.texts_ND = _one_row_per_text(gallery.texts_ND, share.captions)
-    _check_captioned(gallery, share.keys, sum(counts[: collectives.rank()]))
-    return gallery
 
 
-def _check_captioned(gallery: _Gallery, keys: list[str], offset: int) -> None:
-    num_images = len(gallery.images_ID)
+def _check(share: _Share) -> None:
+    num_images = _over_ranks(len(share.keys))
     if num_images == 0:
         raise DataError("There is nothing to evaluate", got="no images", remedy="check data.val.shards")
-    bare = (torch.bincount(gallery.item_N, minlength=num_images) == 0).nonzero().flatten().tolist()
-    if bare:
-        mine = [keys[index - offset] for index in bare[:5] if 0 <= index - offset < len(keys)]
-        names = [key for part in collectives.gather_objects(mine) for key in part]
+    check_unit(share.images_ID, "Image features")
+    check_unit(share.texts_ND, "Text features")
+    bare = (torch.bincount(share.item_N, minlength=len(share.keys)) == 0).nonzero().flatten().tolist()
+    num_bare = _over_ranks(len(bare))
+    if num_bare:
+        names = [key for part in collectives.gather_objects([share.keys[item] for item in bare[:5]]) for key in part]
         raise DataError(
             "Retrieval needs a caption for every image",
-            got=f"{len(bare)} of {num_images} images have none, first {', '.join(names)}",
+            got=f"{num_bare} of {num_images} images have none, first {', '.join(names[:5])}",
             remedy="leave them out with data.selection, or caption them",
         )
 
 
-def _one_row_per_text(texts_ND: Tensor, captions: list[str]) -> Tensor:
-    """Gives equal captions equal features, so that they tie as they should.
+def _examples(share: _Share) -> RetrievalExamples:
+    """Of the first images on any rank, and what the first captions find on all of them."""
+    num_mine = min(max(_NUM_MATRIX_ITEMS - share.before, 0), len(share.keys))
+    first_text_P = torch.searchsorted(share.item_N, torch.arange(num_mine, device=share.item_N.device))
+    texts_PD = collectives.gather_rows_detached(exact(share.texts_ND[first_text_P]))
+    images_PD = collectives.gather_rows_detached(exact(share.images_ID[:num_mine]))
+    mine = [(share.keys[item], share.captions[text]) for item, text in enumerate(first_text_P.tolist())]
+    shown = [pair for part in collectives.gather_objects(mine) for pair in part]
 
-    A matrix product rounds a row differently in another batch; equal captions in two batches would otherwise be ranked
-    by that noise.
-    """
-    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in captions]
-    codes = [int.from_bytes(digest, "little", signed=True) for digest in digests]
-    code_N = collectives.gather_rows_detached(torch.tensor(codes, dtype=torch.int64, device=texts_ND.device))
-    unique_U, group_N = torch.unique(code_N, return_inverse=True)
-    position_N = torch.arange(len(code_N), device=code_N.device)
-    first_U = torch.full_like(unique_U, len(code_N)).scatter_reduce(0, group_N, position_N, "amin")
-    return texts_ND[first_U[group_N]]
-
-
-def _shared_standings(queries: Tensor, candidates: Tensor, query_item: Tensor, candidate_item: Tensor) -> Standing:
-    """`metrics.standings` of all queries; each rank computes its share."""
-    start, stop = rank_share(len(queries), collectives.rank(), collectives.world_size())
-    mine = standings(queries[start:stop], candidates, query_item[start:stop], candidate_item)
-    return Standing(*collectives.gather_rows_detached(torch.stack(mine, dim=1)).unbind(1))
-
-
-def _examples(share: _Share, gallery: _Gallery) -> RetrievalExamples:
-    num_shown = min(_NUM_MATRIX_ITEMS, len(gallery.images_ID))
-    shown_P = torch.arange(num_shown, device=gallery.item_N.device)
-    first_text_P = torch.searchsorted(gallery.item_N, shown_P)
-    similarity = gallery.images_ID[:num_shown] @ gallery.texts_ND[first_text_P].T
-    searches_SD = gallery.texts_ND[first_text_P[:_NUM_SEARCHES]]
-    best = (searches_SD @ gallery.images_ID.T).topk(min(_NUM_HITS, len(gallery.images_ID)), dim=1)
-
-    # each rank names the items it holds; together they name all that are shown
-    wanted = {*range(num_shown), *best.indices.flatten().tolist()}
-    counts = collectives.row_counts(gallery.item_N.new_empty(len(share.keys)))
-    offset = sum(counts[: collectives.rank()])
-    captions: dict[int, str] = {}
-    for item, caption in zip(share.item_N, share.captions, strict=True):
-        captions.setdefault(item, caption)
-    mine = {str(i + offset): (key, captions[i]) for i, key in enumerate(share.keys) if i + offset in wanted}
-    named = {int(item): pair for part in collectives.gather_objects(mine) for item, pair in part.items()}
-
-    hits = [
-        [(named[item][0], score) for item, score in zip(items, scores, strict=True)]
-        for items, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-    texts = [named[item][1] for item in range(num_shown)]
+    hits = _best_of_all(texts_PD[:_NUM_SEARCHES], share)
     return RetrievalExamples(
-        keys=[named[item][0] for item in range(num_shown)],
-        captions=texts,
-        similarity=similarity.to(torch.float32).cpu(),
-        searches=list(zip(texts, hits, strict=False)),
+        keys=[key for key, _ in shown],
+        captions=[text for _, text in shown],
+        similarity=(images_PD @ texts_PD.T).to(torch.float32).cpu(),
+        searches=[(text, found) for (_, text), found in zip(shown, hits, strict=False)],
     )
+
+
+def _best_of_all(texts_SD: Tensor, share: _Share) -> list[list[tuple[str, float]]]:
+    """For each text the keys of the images that score highest on any rank, of equal ones the first."""
+    scores_SI = torch.cat([texts_SD @ exact(rows).T for rows in share.images_ID.split(_ROWS_PER_TILE)], dim=1)
+    order_SH = scores_SI.argsort(dim=1, descending=True, stable=True)[:, :_NUM_HITS]
+    mine = [
+        [(share.keys[item], float(scores[item])) for item in order.tolist()]
+        for scores, order in zip(scores_SI, order_SH, strict=True)
+    ]
+    shares = collectives.gather_objects(mine)
+    merged = [[(key, score) for part in shares for key, score in part[search]] for search in range(len(texts_SD))]
+    return [sorted(hits, key=lambda hit: -hit[1])[:_NUM_HITS] for hits in merged]

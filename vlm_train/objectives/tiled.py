@@ -13,7 +13,7 @@ Sums of exponentials are kept beside their running maximum, so nothing overflows
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm_train.distributed import collectives
-from vlm_train.distributed.ring import Hop, padded, pass_on
+from vlm_train.distributed.ring import Homeward, travelling
 from vlm_train.objectives.pairing import Pairing, full_precision, partner_mask
 
 TILE = {"cpu": 1 << 18}
@@ -60,7 +59,7 @@ def _once_outside_autocast(backward: Callable[..., Any]) -> Callable[[Any, Tenso
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image_BD: Tensor, text_CD: Tensor, scale: Tensor, pairing: Pairing) -> tuple[Tensor, ...]:
-        rows, home = _no_sums(len(image_BD), scale), _Homeward(pairing.text_counts)
+        rows, home = _no_sums(len(image_BD), scale), Homeward(pairing.text_counts)
         for text, ids in travelling([text_CD, pairing.text_ids], pairing.text_counts):
             columns = _no_sums(len(text), scale)
             for row, column in tiles(image_BD, text):
@@ -87,7 +86,7 @@ class _Softmax(torch.autograd.Function):
         asks = torch.arange(len(columns), device=grad.device) < len(rows)
         columns = torch.cat([columns, (grad / 2 * asks)[:, None]], dim=1)
         rows = torch.cat([rows, (grad / 2).expand(len(rows), 1)], dim=1)
-        image_grad, home = torch.zeros_like(image_BD), _Homeward(ctx.counts)
+        image_grad, home = torch.zeros_like(image_BD), Homeward(ctx.counts)
         for text, ids, about in travelling([text_CD, text_ids, columns], ctx.counts):
             text_grad = torch.zeros_like(text)
             for row, column in tiles(image_BD, text):
@@ -123,7 +122,7 @@ class _Sigmoid(torch.autograd.Function):
     @_once_outside_autocast
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         image_BD, text_CD, scale, bias, image_ids, text_ids = ctx.saved_tensors
-        image_grad, home = torch.zeros_like(image_BD), _Homeward(ctx.counts)
+        image_grad, home = torch.zeros_like(image_BD), Homeward(ctx.counts)
         bias_grad = torch.zeros_like(bias)
         for text, ids in travelling([text_CD, text_ids], ctx.counts):
             text_grad = torch.zeros_like(text)
@@ -137,37 +136,6 @@ class _Sigmoid(torch.autograd.Function):
             home.add(text_grad, torch.add)
         scale_grad = (image_grad * image_BD).sum().expand_as(scale)
         return image_grad * scale, home.arrived() * scale, scale_grad, bias_grad, None
-
-
-def travelling(tensors: Sequence[Tensor], counts: list[int]) -> Iterator[list[Tensor]]:
-    """What `tensors` hold on each rank in turn, this rank first. `counts`: rows of every rank. Collective."""
-    rank, world_size = collectives.rank(), len(counts)
-    block = [padded(tensor, max(counts)) for tensor in tensors]
-    for hop in range(world_size):
-        ahead = pass_on(block) if hop + 1 < world_size else None
-        yield [tensor[: counts[(rank + hop) % world_size]] for tensor in block]
-        block = ahead.wait() if ahead else block
-
-
-class _Homeward:
-    """What travels behind the texts and grows on its way: each rank adds its part, and the whole comes home."""
-
-    def __init__(self, counts: list[int]) -> None:
-        self.counts = counts
-        self.hop: Hop | None = None
-
-    def add(self, part: Tensor, merge: Any) -> None:
-        """This rank's part about the texts it holds now; call once for each block of `travelling`."""
-        if self.hop is not None:
-            (before,) = self.hop.wait()
-            part = merge(before[: len(part)], part)
-        self.hop = pass_on([padded(part, max(self.counts))])
-
-    def arrived(self) -> Tensor:
-        """The whole, for this rank's own texts."""
-        assert self.hop is not None
-        (whole,) = self.hop.wait()
-        return whole[: self.counts[collectives.rank()]]
 
 
 def tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:

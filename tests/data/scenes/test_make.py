@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name / "train").iterdir()} for name in ("1", "2"))
     assert one == two
     assert make_scenes(tmp_path / "1", num_samples=200).already_there
+
+
+def test_a_type_that_is_held_out_is_no_negative(tmp_path):
+    whole = make_sample(7, seed=0, size=32, corruption={})[1]
+    part = make_sample(7, seed=0, size=32, corruption={}, hold_out="count")[1]
+    assert whole["png"] == part["png"] and whole["txt"] == part["txt"]
+    first, second = json.loads(whole["json"]), json.loads(part["json"])
+    false = [row["false"] for row in first["contrasts"] if row["type"] == "count"]
+    assert len(false) == 1 and second["negatives"] == [text for text in first["negatives"] if text not in false]
+    assert {**first, "negatives": []} == {**second, "negatives": []}
+    with pytest.raises(ConfigError, match="no such type"):
+        make_scenes(tmp_path / "out", num_samples=1, hold_out="colour")
 
 
 def test_corruption_is_written_down():

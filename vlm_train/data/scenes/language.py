@@ -26,6 +26,8 @@ from vlm_train.data.scenes.claims import (
 )
 from vlm_train.data.scenes.world import COLORS, COUNT_ODDS, SHAPES
 
+CONTRASTS = ("attribute", "relation", "order", "count", "negation")
+"""In which one way a false caption may differ from the true one."""
 PREFIXES = ("a picture of", "an image of", "a drawing of", "here we see")
 
 
@@ -92,7 +94,7 @@ def absent(words: Sequence[str], view: View) -> list[str]:
 
 
 def contrasts_of(rng: random.Random, view: View) -> list[dict[str, str]]:
-    """Pairs {true, false, type}; types: attribute, relation, order, count, negation."""
+    """Pairs {true, false, type}; types: those of `CONTRASTS`."""
     pairs: list[tuple[str, Claim, Claim]] = []
     swap = attribute_contrast(rng, view)
     pairs += [("attribute", *swap)] if swap else []

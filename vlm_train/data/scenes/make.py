@@ -7,8 +7,9 @@ below 100.
 
 KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes}] with the box of the visible pixels
 (x1, y1 exclusive), `relations` [{subject, predicate, object}] by position in `regions`, `counts`, `negations` (true
-statements of absence), `negatives` (false captions) and `contrasts` [{true, false, type}] (the same beside their true
-twin), `qa`, `conversations`, `contexts`, and `corruption` where the sample was damaged on purpose.
+statements of absence), `contrasts` [{true, false, type}] (a false caption beside its true twin), `negatives` (those
+false captions; a type that is held out is left out of them, and so never trained on), `qa`, `conversations`,
+`contexts`, and `corruption` where the sample was damaged on purpose.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.scenes.claims import Listing, Thing, View
 from vlm_train.data.scenes.corruption import check_corruption, corrupt_image, pick_corruption
-from vlm_train.data.scenes.language import captions_of, contrasts_of, counts_of, negations_of, relations_of
+from vlm_train.data.scenes.language import CONTRASTS, captions_of, contrasts_of, counts_of, negations_of, relations_of
 from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
 from vlm_train.data.scenes.render import box_of, render
 from vlm_train.data.scenes.world import sample_scene
@@ -45,6 +46,7 @@ def make_scenes(
     size: int = 64,
     val_fraction: float = 0.1,
     corruption: Mapping[str, float] | None = None,
+    hold_out: str | None = None,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -57,6 +59,7 @@ def make_scenes(
         size: side of the pictures in pixels, at least 32.
         val_fraction: share of the scenes that go to `val`.
         corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
+        hold_out: a type of contrast (attribute, relation, order, count, negation) that `negatives` shall not have.
         num_workers: processes; None is one for each core.
         progress: called after each scene.
 
@@ -66,17 +69,14 @@ def make_scenes(
     """
     corruption = dict(corruption or {})
     check_corruption(corruption)
-    if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
-        got = {"num_samples": num_samples, "size": size, "val_fraction": val_fraction}
-        raise ConfigError(
-            "scenes cannot be made", got=got, allowed="num_samples >= 1, size >= 32, 0 <= val_fraction < 1"
-        )
+    _check(num_samples, size, val_fraction, hold_out)
     parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
     parameters |= {"val_fraction": val_fraction, "corruption": corruption}
+    parameters |= {"hold_out": hold_out} if hold_out else {}  # datasets of before are still the same
     with DatasetWriter(Path(out), parameters=parameters) as writer:
         if writer.finished is not None:
             return writer.finished
-        make = partial(make_sample, seed=seed, size=size, corruption=corruption)
+        make = partial(make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out)
         kinds: Counter[str] = Counter()
         for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
             split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
@@ -87,12 +87,22 @@ def make_scenes(
         return writer.finish(facts={"num_corrupted": dict(sorted(kinds.items()))})
 
 
+def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | None) -> None:
+    if hold_out not in (None, *CONTRASTS):
+        raise ConfigError("no such type of contrast", got=hold_out, allowed=", ".join(CONTRASTS))
+    if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
+        got = {"num_samples": num_samples, "size": size, "val_fraction": val_fraction}
+        raise ConfigError(
+            "scenes cannot be made", got=got, allowed="num_samples >= 1, size >= 32, 0 <= val_fraction < 1"
+        )
+
+
 def make_sample(
-    index: int, *, seed: int, size: int, corruption: Mapping[str, float]
+    index: int, *, seed: int, size: int, corruption: Mapping[str, float], hold_out: str | None = None
 ) -> tuple[str | None, dict[str, bytes]]:
     """The kind of corruption (or None) and the parts `png`, `txt`, `json` of scene `index`."""
     image, view, background = _see(f"scene {seed} {index}", size)
-    truth = describe(random.Random(f"text {seed} {index}"), view)
+    truth = describe(random.Random(f"text {seed} {index}"), view, hold_out)
     rng = random.Random(f"corruption {seed} {index}")
     kind = pick_corruption(rng, corruption)
     if kind == "caption_mismatch":
@@ -106,7 +116,7 @@ def make_sample(
     return kind, {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
 
 
-def describe(rng: random.Random, view: View) -> dict[str, Any]:
+def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dict[str, Any]:
     """KEY.json of an undamaged scene."""
     contrasts = contrasts_of(rng, view)
     questions = questions_of(rng, view)
@@ -124,7 +134,7 @@ def describe(rng: random.Random, view: View) -> dict[str, Any]:
         "relations": [{"subject": row[0], "predicate": row[1], "object": row[2]} for row in relations_of(view)],
         "counts": counts_of(view),
         "negations": negations_of(rng, view),
-        "negatives": [row["false"] for row in contrasts],
+        "negatives": [row["false"] for row in contrasts if row["type"] != hold_out],
         "contrasts": contrasts,
         "qa": questions,
         "conversations": conversation_of(rng, questions),
