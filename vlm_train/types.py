@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+Cleaning = Literal["whitespace", "lower", "canonicalize"]
+"""What is done to a text before a tokenizer reads it: spaces joined; and in lower case; and without punctuation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:

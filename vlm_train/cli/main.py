@@ -35,7 +35,14 @@ VERBS = {
         "search images by text",
         'vlm-train predict run=RUN text="a red car" images=DIR out=grid.png',
     ),
-    "export": Verb("vlm_train.cli.export", "write a transformers model", "vlm-train export run=RUN out=exported"),
+    "export": Verb(
+        "vlm_train.cli.export", "write a model for transformers or open_clip", "vlm-train export run=RUN out=exported"
+    ),
+    "import": Verb(
+        "vlm_train.cli.import_weights",
+        "read a model of transformers or open_clip",
+        "vlm-train import from=FOLDER out=runs/imported/clip",
+    ),
     "data": Verb(
         "vlm_train.cli.data", "import, make or index a dataset", "vlm-train data import openmoji data/openmoji"
     ),

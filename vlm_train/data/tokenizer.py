@@ -26,9 +26,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from vlm_train.assets import resolve_asset
+from vlm_train.data.vocabularies import open_vocabulary
 from vlm_train.data.writer import write_atomically
 from vlm_train.errors import ConfigError, DataError
-from vlm_train.types import TextSpec, Tokenizer
+from vlm_train.types import Cleaning, TextSpec, Tokenizer
 
 SPEC_FILE = "text_spec.json"
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
@@ -145,20 +146,30 @@ class HuggingFaceTokenizer:
     has none (GPT-2). Code that comes with a tokenizer is not run.
 
     Args:
-        path: a local directory, a name on the hub, or `package:NAME` (see assets.py).
+        path: a local directory, a name on the hub, or `package:NAME` (see assets.py); `package:open-clip-torch` is the
+            vocabulary of CLIP.
         context_length: T.
         pad_to_max: the tower reads a fixed position (SigLIP), so batches must not be trimmed.
+        vocab_size: rows of the token table, where a model has more than the tokenizer has tokens.
+        clean: what is done to a text first, as open_clip does before a tokenizer of Hugging Face.
 
     Raises:
         DataError: the tokenizer cannot be found, or has no end token.
+        ConfigError: `vocab_size` below the number of tokens.
     """
 
-    def __init__(self, *, path: str, context_length: int, pad_to_max: bool = False) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(
+        self,
+        *,
+        path: str,
+        context_length: int,
+        pad_to_max: bool = False,
+        vocab_size: int | None = None,
+        clean: Cleaning | None = None,
+    ) -> None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_asset(path), trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            tokenizer = open_vocabulary(resolve_asset(path), clean)
+        except (OSError, ValueError, ImportError) as error:
             raise DataError(
                 f"the tokenizer `{path}` cannot be loaded",
                 got=str(error).splitlines()[0],
@@ -176,9 +187,14 @@ class HuggingFaceTokenizer:
             raise DataError(
                 f"the tokenizer `{path}` has no end token", allowed="a tokenizer with eos_token or sep_token"
             )
+        if vocab_size is not None and vocab_size < len(tokenizer):
+            raise ConfigError(
+                f"the tokenizer `{path}` has more tokens than the model has rows for", got=len(tokenizer),
+                allowed=f"at most {vocab_size}", remedy="use the tokenizer that the model was trained with",
+            )  # fmt: skip
         self._tokenizer, self._appends_end = tokenizer, tail[-1] != eos
         self.spec = TextSpec(
-            vocab_size=len(tokenizer),
+            vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
             context_length=context_length,
             pad_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             bos_id=bos if tail[0] == bos else None,
@@ -215,7 +231,10 @@ def load_tokenizer(directory: str) -> Tokenizer:
         document = json.loads((Path(directory) / SPEC_FILE).read_text("utf-8"))
         kind, length, pad_to_max = document["kind"], document["context_length"], document["pad_to_max"]
         if kind == "hugging_face":
-            return HuggingFaceTokenizer(path=directory, context_length=length, pad_to_max=pad_to_max)
+            vocab_size = document["vocab_size"]
+            return HuggingFaceTokenizer(
+                path=directory, context_length=length, pad_to_max=pad_to_max, vocab_size=vocab_size
+            )
         definition = (Path(directory) / "tokenizer.json").read_text("utf-8")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(

@@ -1,21 +1,20 @@
-"""Our dual encoders as folders that transformers loads, and back.
-
-`export_transformers` writes CLIPModel or SiglipModel, whichever holds the towers exactly, then loads the folder with
-transformers and measures how far its features and logits are from ours. An export that is not the same model raises.
-"""
+"""transformers' CLIPModel and SiglipModel: our models as folders that it loads, and its folders as models of ours."""
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import dataclass, replace
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
@@ -25,111 +24,150 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from vlm_train.assets import hub_access, resolve_asset
+from vlm_train.assets import hub_access
 from vlm_train.errors import CheckpointError, ConfigError
-from vlm_train.export.card import CERTIFIED_TEXTS, model_card
-from vlm_train.export.weights import export_state, family_of, import_state
+from vlm_train.export.certificate import Encoded, Trained
+from vlm_train.export.foreign import Foreign
+from vlm_train.export.rules import Family
+from vlm_train.export.towers import (
+    Node,
+    clip_node,
+    image_node,
+    not_expressible,
+    not_readable,
+    parts_of,
+    require,
+    shape_of,
+    siglip_node,
+    towers_of,
+)
+from vlm_train.export.weights import export_state
 from vlm_train.models.dual_encoder import DualEncoder
-from vlm_train.models.layers import Attention, Block, QuickGELU
-from vlm_train.models.text.transformer import TextTransformer
 from vlm_train.models.vision.pretrained import spec_of_processor
-from vlm_train.models.vision.vit import VisionTransformer
-from vlm_train.types import ImageSpec, TextSpec, Tokenizer
+from vlm_train.types import ImageSpec, TextSpec
 
+NAME = "transformers"
 TO_TRANSFORMERS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 FROM_TRANSFORMERS = {theirs: ours for ours, theirs in TO_TRANSFORMERS.items()}
 BICUBIC = 3
-TOLERANCE = 1e-5  # of unit features in fp32; ViT-B/32 with random weights measures 3e-7, a wrong activation 1e-2
+CLIP_PARTS = {
+    "vision.pool": "cls",
+    "vision.pre_norm": True,
+    "text.pool": "eos",
+    "text.causal": True,
+    "image_projection": "linear",
+    "text_bias": False,
+}
+SIGLIP_PARTS = {
+    "vision.pool": "map",
+    "vision.pre_norm": False,
+    "text.pool": "last",
+    "text.causal": False,
+    "image_projection": "none",
+    "text_bias": True,
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt", "tokenizer.model")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportReport:
-    """The certificate of an export: `transformers` on the written folder against our model, on a fixed batch.
+class TransformersModel:
+    """A folder, or a name on the hub, in the hands of transformers."""
 
-    `feature_difference`: largest absolute difference of unit-length features; `logit_difference`: of the logits.
-    `left_out_bias`: the bias that a CLIPModel has no place for; without it every logit is shifted by one constant,
-    which changes no ranking and no softmax.
-    """
+    name = NAME
 
-    directory: str
-    family: str
-    num_parameters: int
-    feature_difference: float
-    logit_difference: float
-    left_out_bias: float | None = None
+    def __init__(self, location: str | Path) -> None:
+        self.location = location
+        try:
+            with hub_access(str(location)):
+                self.model, info = AutoModel.from_pretrained(
+                    location, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                )
+        except (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+            what = f"transformers cannot load the weights in {location}"
+            raise CheckpointError(what, got=str(error).strip().splitlines()[0]) from error
+        self.model.eval()
+        faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names and kind.endswith("_keys")}
+        if faults:
+            raise CheckpointError(
+                f"transformers finds other tensors in {location} than its config describes", got=faults
+            )
+
+    def encode(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Encoded:
+        """See `Library.encode`."""
+        output = self.model(pixel_values=pixels_B3SS, input_ids=ids_BT)
+        return Encoded(images=output.image_embeds, texts=output.text_embeds, logits=output.logits_per_image)
+
+    def tokenize(self, texts: list[str]) -> Tensor | None:
+        """See `Library.tokenize`."""
+        length = self.model.config.text_config.max_position_embeddings
+        if not has_tokenizer(self.location):
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.location, trust_remote_code=False)
+        except ImportError:  # a class for sentencepiece, which is not installed
+            return None
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids: Tensor = found["input_ids"]
+        return ids
+
+    def prepare(self, picture: Image.Image) -> Tensor:
+        """See `Library.prepare`."""
+        processor = AutoImageProcessor.from_pretrained(self.location, backend="pil")
+        pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
 
-def export_transformers(
-    model: DualEncoder, *, tokenizer: Tokenizer, logit_scale: Tensor, logit_bias: Tensor | None = None, out: str | Path
-) -> ExportReport:
-    """Writes config, weights (fp32 safetensors), tokenizer, image processor and card to `out`, and certifies them.
+def has_tokenizer(location: str | Path) -> bool:
+    """Whether a folder holds a tokenizer; of a name on the hub it is taken for granted."""
+    return not Path(location).is_dir() or any((Path(location) / name).is_file() for name in TOKENIZER_FILES)
 
-    Args:
-        model: two of our transformers; it is not changed.
-        tokenizer: the one the model was built with.
-        logit_scale: [1], as the objective holds it (a logarithm).
-        logit_bias: [1] of the sigmoid objective; None for InfoNCE. SigLIP towers trained without one get 0.
-        out: folder to write, made if missing.
+
+def family_of(model: DualEncoder) -> Family:
+    """The transformers family that holds `model` exactly.
 
     Raises:
-        ConfigError: transformers has no model for these towers.
-        CheckpointError: the written folder does not reproduce the model.
+        ConfigError: no family does; names every part that stands in the way.
     """
-    family, directory = family_of(model), Path(out)
-    reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    scale = logit_scale.detach().to("cpu", torch.float32)
-    bias = None if family == "clip" else torch.zeros(1) if logit_bias is None else logit_bias.detach().cpu().float()
+    towers_of(model, NAME)
+    parts = parts_of(model)
+    if parts["vision.pool"] == "map":
+        require(NAME, parts, SIGLIP_PARTS)
+        return "siglip"
+    require(NAME, parts, CLIP_PARTS)
+    if model.text_spec.eos_id == 2:  # transformers then reads the largest id (a rule for its oldest checkpoints)
+        raise not_expressible(NAME, [("eos_id=2", False, "any other id")])
+    return "clip"
+
+
+def write(trained: Trained, directory: Path) -> str:
+    """Writes config, weights, tokenizer and image processor; returns the family. Raises ConfigError."""
+    family = family_of(trained.model)
+    bias = trained.logit_bias
+    if family == "clip":
+        bias = None
+    elif bias is None:
+        bias = torch.zeros(1)
     directory.mkdir(parents=True, exist_ok=True)
-    state = export_state(reference, family=family, logit_scale=scale, logit_bias=bias)
+    state = export_state(trained.model, family=family, logit_scale=trained.logit_scale, logit_bias=bias)
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    config_of(reference).save_pretrained(directory)
-    processor_of(reference.image_spec).save_pretrained(directory)
-    tokenizer.save(str(directory))
+    config_of(trained.model).save_pretrained(directory)
+    processor_of(trained.model.image_spec).save_pretrained(directory)
+    assert trained.tokenizer is not None
+    trained.tokenizer.save(str(directory))
     if family == "siglip":
         _hide_padding_mask(directory)
-    report = _certify(reference, tokenizer, scale, bias, directory)
-    if bias is None and logit_bias is not None:
-        report = replace(report, left_out_bias=float(logit_bias))
-    card = model_card(reference, family, report.feature_difference, left_out_bias=report.left_out_bias)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    return report
-
-
-def import_transformers(path: str) -> tuple[DualEncoder, dict[str, Tensor]]:
-    """Our model with the weights of a CLIP or SigLIP of transformers, and its `logit_scale` and `logit_bias`, each [1].
-
-    Args:
-        path: local folder or hub name.
-
-    Raises:
-        ConfigError: the folder cannot be found, or holds another kind of model.
-    """
-    location = resolve_asset(path)
-    with hub_access(path):
-        theirs = AutoModel.from_pretrained(location, dtype=torch.float32, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(location)
-    family = theirs.config.model_type
-    if family not in ("clip", "siglip"):
-        raise ConfigError(
-            "this model of transformers has no counterpart here",
-            got=family,
-            allowed=["clip", "siglip"],
-            remedy="use its towers through HuggingFaceVision and HuggingFaceText",
-        )
-    model = model_of(theirs.config, spec_of_processor(processor))
-    return model, import_state(model, theirs.state_dict(), family=family)
+    return family
 
 
 def config_of(model: DualEncoder) -> CLIPConfig | SiglipConfig:
     """The transformers config that describes `model`."""
-    vision, text, is_siglip = model.vision, model.text, family_of(model) == "siglip"
-    assert isinstance(vision, VisionTransformer) and isinstance(text, TextTransformer)
+    is_siglip = family_of(model) == "siglip"
+    vision, text = towers_of(model, NAME)
     spec = text.text_spec
-    vision_config = _tower_config(vision.blocks) | {
+    vision_config = _their_tower(shape_of(vision.blocks)) | {
         "image_size": vision.image_spec.size,
         "patch_size": vision.patch_size,
     }
-    text_config = _tower_config(text.blocks) | {
+    text_config = _their_tower(shape_of(text.blocks)) | {
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.context_length,
         "pad_token_id": spec.pad_id,
@@ -147,67 +185,14 @@ def config_of(model: DualEncoder) -> CLIPConfig | SiglipConfig:
     return CLIPConfig(vision_config=vision_config, text_config=text_config, **common)
 
 
-def _tower_config(blocks: torch.nn.ModuleList) -> dict[str, Any]:
-    block = blocks[0]
-    assert isinstance(block, Block) and isinstance(block.attention, Attention)
-    activation: Any = block.mlp.activation
-    is_quick = isinstance(activation, QuickGELU)
-    name = "quick_gelu" if is_quick else {"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate]
+def _their_tower(shape: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "hidden_size": block.mlp.fc1.in_features,
-        "intermediate_size": block.mlp.fc1.out_features,
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": block.attention.num_heads,
-        "hidden_act": TO_TRANSFORMERS[name],
-        "layer_norm_eps": block.norm1.eps,
-    }
-
-
-def model_of(config: Any, image: ImageSpec) -> DualEncoder:
-    """Our model, with initial weights, of the shape that a CLIPConfig or SiglipConfig of transformers describes."""
-    is_siglip, vision, text = config.model_type == "siglip", config.vision_config, config.text_config
-    # Configs written before 2023 declare the end token 2; transformers then reads the highest id, and so do we.
-    eos_id = text.vocab_size - 1 if text.eos_token_id == 2 and not is_siglip else text.eos_token_id
-    spec = TextSpec(
-        vocab_size=text.vocab_size,
-        context_length=text.max_position_embeddings,
-        pad_id=text.pad_token_id,
-        bos_id=text.bos_token_id,
-        eos_id=eos_id,
-        pad_to_max=is_siglip,
-    )
-    return DualEncoder(
-        vision=VisionTransformer(
-            image=image,
-            patch_size=vision.patch_size,
-            **_tower_arguments(vision),
-            pool="map" if is_siglip else "cls",
-            pre_norm=not is_siglip,
-        ),
-        text=TextTransformer(
-            spec=spec, **_tower_arguments(text), pool="last" if is_siglip else "eos", causal=not is_siglip
-        ),
-        embed_dim=text.projection_size if is_siglip else config.projection_dim,
-        image_projection="none" if is_siglip else "linear",
-        text_bias=is_siglip,
-    )
-
-
-def _tower_arguments(config: Any) -> dict[str, Any]:
-    if config.hidden_act not in FROM_TRANSFORMERS:
-        raise ConfigError(
-            "a tower has an activation that ours do not know",
-            got=config.hidden_act,
-            allowed=sorted(FROM_TRANSFORMERS),
-            remedy="use the tower through HuggingFaceVision or HuggingFaceText",
-        )
-    return {
-        "width": config.hidden_size,
-        "num_layers": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_dim": config.intermediate_size,
-        "activation": FROM_TRANSFORMERS[config.hidden_act],
-        "norm_eps": config.layer_norm_eps,
+        "hidden_size": shape["width"],
+        "intermediate_size": shape["mlp_dim"],
+        "num_hidden_layers": shape["num_layers"],
+        "num_attention_heads": shape["num_heads"],
+        "hidden_act": TO_TRANSFORMERS[shape["activation"]],
+        "layer_norm_eps": shape["norm_eps"],
     }
 
 
@@ -227,42 +212,80 @@ def _hide_padding_mask(directory: Path) -> None:
     path.write_text(json.dumps(config | {"model_input_names": ["input_ids"]}, indent=2), encoding="utf-8")
 
 
-@torch.no_grad()
-def _certify(
-    model: DualEncoder, tokenizer: Tokenizer, scale: Tensor, bias: Tensor | None, directory: Path
-) -> ExportReport:
-    theirs, info = AutoModel.from_pretrained(directory, output_loading_info=True)
-    ids, mask = tokenizer(CERTIFIED_TEXTS)
-    their_tokens = AutoTokenizer.from_pretrained(directory)(
-        CERTIFIED_TEXTS,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.spec.context_length,
-        return_tensors="pt",
+def read(location: str) -> Foreign:
+    """The CLIPModel or SiglipModel at a local folder or of a name on the hub, read but not yet ours.
+
+    Raises:
+        ConfigError: it cannot be found, or is or has something that our towers are not.
+    """
+    try:
+        with hub_access(location):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"{location} holds no model that can be imported", got=str(error).strip().splitlines()[0],
+            allowed="config.json of transformers, or open_clip_config.json", remedy="correct from=",
+        ) from error  # fmt: skip
+    node = node_of(config, spec_of_processor(processor))
+    theirs = TransformersModel(location)
+    notes = [] if processor.resample == BICUBIC else ["its images are resized by another kernel than bicubic, ours is"]
+    return Foreign(
+        family=config.model_type,
+        node=node,
+        spec=spec_of(config),
+        state=theirs.model.state_dict(),
+        vocabulary=location if has_tokenizer(location) else None,
+        notes=notes,
+        load=lambda: theirs,
     )
-    size = model.image_spec.size
-    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    image_features, text_features = model.encode_image(images), model.encode_text(ids, mask)
-    logits = scale.exp() * image_features @ text_features.T + (0 if bias is None else bias)
-    output = theirs.eval()(pixel_values=model.normalize(images), **their_tokens)
-    feature_difference = max(
-        (output.image_embeds - image_features).abs().max().item(),
-        (output.text_embeds - text_features).abs().max().item(),
-    )
-    are_same_tokens = torch.equal(their_tokens["input_ids"], ids)
-    if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")) or not (
-        feature_difference <= TOLERANCE and are_same_tokens
-    ):
-        raise CheckpointError(
-            f"the export in {directory} is not the model that was trained",
-            got=f"feature difference {feature_difference:.1e}, same tokens {are_same_tokens}, {info}",
-            allowed=f"at most {TOLERANCE:.0e}, the same tokens, no missing or unexpected tensors",
-            remedy="report this with the versions of transformers and vlm-train",
+
+
+def node_of(config: Any, image: ImageSpec) -> Node:
+    """The model node of the shape that a CLIPConfig or SiglipConfig describes. Raises ConfigError."""
+    kind = config.model_type
+    if kind == "siglip2":
+        raise not_readable(
+            "Siglip2Model", ["NaFlex patches (SigLIP-2 of fixed resolution is published as SiglipModel)"]
         )
-    return ExportReport(
-        directory=str(directory),
-        family=theirs.config.model_type,
-        num_parameters=sum(parameter.numel() for parameter in theirs.parameters()),
-        feature_difference=feature_difference,
-        logit_difference=(output.logits_per_image - logits).abs().max().item(),
+    if kind not in ("clip", "siglip"):
+        raise not_readable(f"a model of type {kind} of transformers", [f"{kind} as a whole"])
+    vision, text = config.vision_config, config.text_config
+    wrong = [f"{tower.model_type}.hidden_act={tower.hidden_act}" for tower in (vision, text)
+             if tower.hidden_act not in FROM_TRANSFORMERS]  # fmt: skip
+    wrong += [] if vision.num_channels == 3 else [f"num_channels={vision.num_channels}"]
+    wrong += [] if getattr(vision, "vision_use_head", True) else ["vision_use_head=False"]
+    wrong += [] if image.size == vision.image_size else [f"image_size={vision.image_size}, processor {image.size}"]
+    if wrong:
+        raise not_readable(type(config).__name__.removesuffix("Config") + "Model", wrong)
+    ours = {"image": image_node(image), "patch_size": vision.patch_size, **_our_tower(vision)}
+    if kind == "siglip":
+        return siglip_node(embed_dim=text.projection_size, vision=ours, text=_our_tower(text))
+    return clip_node(embed_dim=config.projection_dim, vision=ours, text=_our_tower(text))
+
+
+def spec_of(config: Any) -> TextSpec:
+    """What the text tower of a CLIPConfig or SiglipConfig reads."""
+    is_siglip, text = config.model_type == "siglip", config.text_config
+    # Configs written before 2023 declare the end token 2; transformers then reads the highest id, and so do we.
+    # SigLIP's configs keep the ends of CLIP's vocabulary, which theirs does not reach and no pooling of theirs reads.
+    has_end = text.eos_token_id < text.vocab_size and (is_siglip or text.eos_token_id != 2)
+    return TextSpec(
+        vocab_size=text.vocab_size,
+        context_length=text.max_position_embeddings,
+        pad_id=text.pad_token_id,
+        bos_id=text.bos_token_id if has_end else None,
+        eos_id=text.eos_token_id if has_end else text.vocab_size - 1,
+        pad_to_max=is_siglip,
     )
+
+
+def _our_tower(config: Any) -> dict[str, Any]:
+    return {
+        "width": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_dim": config.intermediate_size,
+        "activation": FROM_TRANSFORMERS[config.hidden_act],
+        "norm_eps": config.layer_norm_eps,
+    }

@@ -1,0 +1,166 @@
+"""`vlm-train import`: a model of open_clip or transformers as a run that the other verbs read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.cli.arguments import parse
+from vlm_train.cli.export import preparation, print_certificate, trained_of
+from vlm_train.cli.options import choice, new_place
+from vlm_train.errors import ConfigError, VlmError
+
+if TYPE_CHECKING:
+    from vlm_train.engine.rundir import RunDirectory
+    from vlm_train.export.certificate import Certificate, Trained
+    from vlm_train.export.foreign import Foreign
+    from vlm_train.types import Tokenizer
+
+USAGE = """usage: vlm-train import from=PATH out=DIR [architecture=NAME] [tokenizer=PATH] [verify=false]
+
+  vlm-train import from=clip-vit-base-patch32 out=runs/imported/clip
+  vlm-train import from=epoch_32.pt architecture=ViT-B-32 out=runs/imported/laion
+
+Reads weights (never code), config and tokenizer, writes them as a finished run, then runs the other library beside it
+and measures how far features and logits are from its own. A difference is an error.
+
+  from=PATH          a folder of transformers (CLIPModel, SiglipModel) or open_clip, or a file of open_clip's weights
+  out=DIR            a new or empty folder; evaluate, predict and export take it as run=DIR
+  architecture=NAME  of a file: its name in open_clip, such as ViT-B-32-quickgelu
+  tokenizer=PATH     a folder with the tokenizer, where the model comes without
+  verify=false       import without running the other library"""
+
+CONF = "conf"
+"""Folder of the run with its model as a choice for other trainings: `--config-dir RUN/conf model=imported`."""
+
+HEADER = """# The model that `vlm-train import` wrote to {run}.
+#   vlm-train train --config-dir {run}/conf model=imported
+"""
+KEYS = {"from": "PATH", "out": "DIR", "architecture": "NAME", "tokenizer": "PATH", "verify": "true|false"}
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    arguments = parse(words, KEYS, verb="import")
+    source = arguments.required("from", example="from=FOLDER")
+    out = arguments.required("out", new_place, example="out=DIR")
+    verify = arguments.optional("verify", choice("true", "false"), "true") == "true"
+
+    from transformers.utils import logging
+
+    from vlm_train.engine.rundir import RunDirectory
+    from vlm_train.export.folders import read_model
+
+    logging.disable_progress_bar()
+    foreign = read_model(source, arguments.optional("architecture"))
+    tokenizer, missing = _tokenizer(foreign, arguments.optional("tokenizer"))
+    trained, run = foreign.trained(tokenizer), RunDirectory(out)
+    certificate = _write(run, foreign, trained, source, verify=verify)
+    num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    print(f"{source} ({foreign.family}) as {run.path}, {num_parameters:,} parameters")
+    for note in foreign.notes:
+        print(f"note: {note}")
+    if certificate is not None:
+        print(f"certificate, {certificate.library} on {source} against the run:")
+        print_certificate(certificate)
+    if tokenizer is None:
+        print(f"imported without a tokenizer: {missing}; evaluate and predict need one: import with tokenizer=PATH")
+        return 0
+    print(f'next: vlm-train predict run={run.path} text="..." images=FOLDER out=grid.png')
+    return 0
+
+
+def _tokenizer(foreign: Foreign, given: str | None) -> tuple[Tokenizer | None, str]:
+    """The model's tokenizer, or None and why there is none. Raises VlmError for a given one that does not fit."""
+    from vlm_train.data.tokenizer import SPEC_FILE, HuggingFaceTokenizer, load_tokenizer
+
+    spec, location = foreign.spec, given or foreign.vocabulary
+    if location is None:
+        return None, "it comes without one"
+    try:
+        if (Path(location) / SPEC_FILE).is_file():
+            return load_tokenizer(location), ""
+        tokenizer = HuggingFaceTokenizer(
+            path=location,
+            context_length=spec.context_length,
+            pad_to_max=spec.pad_to_max,
+            vocab_size=spec.vocab_size,
+            clean=foreign.clean,
+        )
+    except VlmError as error:
+        if given is not None:
+            raise
+        return None, f"{error.what} ({error.got})"
+    return tokenizer, ""
+
+
+def _write(run: RunDirectory, foreign: Foreign, trained: Trained, source: str, *, verify: bool) -> Certificate | None:
+    """Writes the run and, where asked, certifies it."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from vlm_train.engine import checkpoints
+    from vlm_train.engine.rundir import write_atomic
+
+    config = _config(run, foreign, has_bias=trained.logit_bias is not None)
+    run.create()
+    if trained.tokenizer is not None:
+        trained.tokenizer.save(str(run.tokenizer))
+    state = {f"model.{name}": tensor for name, tensor in trained.model.state_dict().items()}
+    state["objective.logit_scale"] = trained.logit_scale
+    if trained.logit_bias is not None:
+        state["objective.logit_bias"] = trained.logit_bias
+    temporary = checkpoints.begin(run.checkpoints, 0)
+    torch.save({"state_dict": state}, temporary / checkpoints.STATE)
+    checkpoints.commit(temporary, 0, keep=1)
+    write_atomic(run.config, OmegaConf.to_yaml(config))
+    choice_file = run.path / CONF / "model" / "imported.yaml"
+    choice_file.parent.mkdir(parents=True)
+    write_atomic(choice_file, HEADER.format(run=run.path) + OmegaConf.to_yaml(config.model))
+    run.event("imported", {"source": source, "family": foreign.family, "notes": list(foreign.notes)})
+    run.event("finished", {"step": 0})
+    return _certify(run, foreign, trained) if verify else None
+
+
+def _certify(run: RunDirectory, foreign: Foreign, trained: Trained) -> Certificate:
+    """The run as every other verb reads it, against the other library; a run that is not the same model is removed."""
+    from vlm_train import build
+    from vlm_train.export.certificate import certify
+
+    try:
+        if trained.tokenizer is None:
+            return certify(trained.reference(), foreign.load())
+        parts = build.load(run.path)
+        prepare = None if foreign.notes else preparation(parts)  # a note is about preprocessing that differs
+        return certify(trained_of(parts).reference(), foreign.load(), prepare=prepare)
+    except VlmError:
+        shutil.rmtree(run.path)
+        raise
+
+
+def _config(run: RunDirectory, foreign: Foreign, *, has_bias: bool) -> Any:
+    """The defaults of a training with the imported model: what `evaluate` measures, and what a training would do."""
+    from vlm_train.cli.compose import compose_config
+    from vlm_train.schema import check
+
+    objective = "sigmoid" if has_bias else "infonce"
+    config = compose_config([f"objective={objective}"], checked=False)
+    config.run.experiment, config.run.id, config.run.dir = "imported", run.path.name, str(run.path)
+    tokenizer = {
+        "_target_": "vlm_train.data.tokenizer.HuggingFaceTokenizer",
+        "path": str(run.tokenizer.resolve()),
+        "context_length": foreign.spec.context_length,
+        "pad_to_max": foreign.spec.pad_to_max,
+        "vocab_size": foreign.spec.vocab_size,
+    }
+    config.model = {**foreign.node, "tokenizer": tokenizer}
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"the imported model makes no config: {error.what}", got=error.got, allowed=error.allowed,
+                          remedy=error.remedy) from error  # fmt: skip
+    return config

@@ -1,0 +1,192 @@
+"""Names of tensors: ours <-> transformers (CLIPModel, SiglipModel) <-> open_clip, without arithmetic.
+
+A family is a list of rules, each "our tensor <-> theirs", of five kinds:
+
+    copy       the same tensor
+    split      our packed q, k, v rows <-> two or three tensors
+    transpose  a linear's [out, in] <-> a matrix multiplied from the right [in, out]
+    scalar     our [1] <-> a 0-dimensional tensor
+    batch      ours <-> the same behind a dimension of size 1
+
+Every rule only cuts, joins or views, so a round trip is equal bit for bit. Temperature and bias live in the objective;
+here they go by `logit_scale` and `logit_bias`, beside the model's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlm_train.models.dual_encoder import DualEncoder
+
+Family = Literal["clip", "siglip", "open_clip", "open_clip_timm"]
+"""`clip` and `siglip` are transformers' names; `open_clip` is open_clip with its own image tower, `open_clip_timm` with
+a SigLIP tower of timm."""
+
+BLOCK_IN_TRANSFORMERS = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention.out": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+BLOCK_IN_OPEN_CLIP = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attention.out": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+BLOCK_IN_TIMM = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.qkv": "attn.qkv",
+    "attention.out": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of our tensors and where it goes; `theirs` has two or three names under `split`, one otherwise."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    kind: Literal["copy", "split", "transpose", "scalar", "batch"] = "copy"
+
+    def forth(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Our tensor as theirs."""
+        if self.kind == "split":
+            third = len(tensor) // 3
+            sizes = [third] * 3 if len(self.theirs) == 3 else [third, 2 * third]
+            return tuple(part.contiguous() for part in tensor.split(sizes))
+        if self.kind == "transpose":
+            return (tensor.t().contiguous(),)
+        if self.kind == "batch":
+            return (tensor.unsqueeze(0),)
+        return (tensor.reshape(()) if self.kind == "scalar" else tensor,)
+
+    def back(self, *tensors: Tensor) -> Tensor:
+        """Their tensors as ours."""
+        if self.kind == "split":
+            return torch.cat(tensors)
+        if self.kind == "transpose":
+            return tensors[0].t().contiguous()
+        if self.kind == "batch":
+            return tensors[0].squeeze(0)
+        return tensors[0].reshape(1) if self.kind == "scalar" else tensors[0]
+
+
+def rules_for(model: DualEncoder, family: Family, *, with_bias: bool = False) -> list[Rule]:
+    """Every rule of `family` for a model of this depth. `with_bias`: open_clip's models may have a logit bias or not;
+    transformers' CLIPModel has none and its SiglipModel always one."""
+    num_vision, num_text = len(model.vision.blocks), len(model.text.blocks)  # type: ignore[attr-defined]
+    if family in ("clip", "siglip"):
+        return _transformers_rules(num_vision, num_text, is_siglip=family == "siglip")
+    rules = _open_clip_text_rules(num_text, has_bias=model.text_projection.bias is not None)
+    rules += [Rule("logit_bias", ("logit_bias",), "scalar")] if with_bias else []
+    vision = _timm_vision_rules if family == "open_clip_timm" else _open_clip_vision_rules
+    return rules + vision(num_vision)
+
+
+def _pairs(ours: str, theirs: str, names: Mapping[str, str]) -> list[Rule]:
+    return [
+        Rule(f"{ours}{a}.{leaf}", (f"{theirs}{b}.{leaf}",)) for a, b in names.items() for leaf in ("weight", "bias")
+    ]
+
+
+def _transformers_rules(num_vision: int, num_text: int, *, is_siglip: bool) -> list[Rule]:
+    vision, text = "vision_model.", "text_model."
+    rules = [
+        Rule("logit_scale", ("logit_scale",), "copy" if is_siglip else "scalar"),
+        Rule("vision.patch_embed.weight", (f"{vision}embeddings.patch_embedding.weight",)),
+        Rule("vision.position", (f"{vision}embeddings.position_embedding.weight",)),
+        Rule("text.token_embedding.weight", (f"{text}embeddings.token_embedding.weight",)),
+        Rule("text.position", (f"{text}embeddings.position_embedding.weight",)),
+        *_pairs("vision.", vision, {"post_norm": "post_layernorm"}),
+        *_pairs("text.", text, {"post_norm": "final_layer_norm"}),
+    ]
+    for tower, prefix, depth in (("vision", vision, num_vision), ("text", text, num_text)):
+        for index in range(depth):
+            ours, theirs = f"{tower}.blocks.{index}.", f"{prefix}encoder.layers.{index}."
+            rules += _pairs(ours, theirs, BLOCK_IN_TRANSFORMERS)
+            for leaf in ("weight", "bias"):
+                parts = tuple(f"{theirs}self_attn.{part}_proj.{leaf}" for part in "qkv")
+                rules.append(Rule(f"{ours}attention.qkv.{leaf}", parts, "split"))
+    return rules + (_siglip_only() if is_siglip else _clip_only())
+
+
+def _clip_only() -> list[Rule]:
+    return [
+        Rule("vision.class_token", ("vision_model.embeddings.class_embedding",)),
+        *_pairs("vision.", "vision_model.", {"pre_norm": "pre_layrnorm"}),  # the misspelling is transformers' own
+        Rule("image_projection.weight", ("visual_projection.weight",)),
+        Rule("text_projection.weight", ("text_projection.weight",)),
+    ]
+
+
+def _siglip_only() -> list[Rule]:
+    ours, theirs = "vision.attention_pool.", "vision_model.head."
+    return [
+        Rule("logit_bias", ("logit_bias",)),
+        Rule("vision.patch_embed.bias", ("vision_model.embeddings.patch_embedding.bias",)),
+        Rule(f"{ours}latent", (f"{theirs}probe",)),
+        Rule(f"{ours}attention.qkv.weight", (f"{theirs}attention.in_proj_weight",)),
+        Rule(f"{ours}attention.qkv.bias", (f"{theirs}attention.in_proj_bias",)),
+        *_pairs(ours, theirs, {"attention.out": "attention.out_proj", "norm": "layernorm"}),
+        *_pairs(ours, theirs, {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}),
+        *_pairs("", "text_model.", {"text_projection": "head"}),
+    ]
+
+
+def _open_clip_blocks(tower: str, prefix: str, depth: int) -> list[Rule]:
+    rules = []
+    for index in range(depth):
+        ours, theirs = f"{tower}.blocks.{index}.", f"{prefix}transformer.resblocks.{index}."
+        rules += _pairs(ours, theirs, BLOCK_IN_OPEN_CLIP)
+        rules += [Rule(f"{ours}attention.qkv.{leaf}", (f"{theirs}attn.in_proj_{leaf}",)) for leaf in ("weight", "bias")]
+    return rules
+
+
+def _open_clip_text_rules(depth: int, *, has_bias: bool) -> list[Rule]:
+    projection = _pairs("", "", {"text_projection": "text_projection"}) if has_bias else []
+    return [
+        Rule("logit_scale", ("logit_scale",), "scalar"),
+        Rule("text.token_embedding.weight", ("token_embedding.weight",)),
+        Rule("text.position", ("positional_embedding",)),
+        *_pairs("text.", "", {"post_norm": "ln_final"}),
+        *(projection or [Rule("text_projection.weight", ("text_projection",), "transpose")]),
+        *_open_clip_blocks("text", "", depth),
+    ]
+
+
+def _open_clip_vision_rules(depth: int) -> list[Rule]:
+    return [
+        Rule("vision.patch_embed.weight", ("visual.conv1.weight",)),
+        Rule("vision.class_token", ("visual.class_embedding",)),
+        Rule("vision.position", ("visual.positional_embedding",)),
+        *_pairs("vision.", "visual.", {"pre_norm": "ln_pre", "post_norm": "ln_post"}),
+        Rule("image_projection.weight", ("visual.proj",), "transpose"),
+        *_open_clip_blocks("vision", "visual.", depth),
+    ]
+
+
+def _timm_vision_rules(depth: int) -> list[Rule]:
+    trunk = "visual.trunk."
+    ours, theirs = "vision.attention_pool.", f"{trunk}attn_pool."
+    rules = [
+        *_pairs("vision.", trunk, {"patch_embed": "patch_embed.proj", "post_norm": "norm"}),
+        Rule("vision.position", (f"{trunk}pos_embed",), "batch"),
+        Rule(f"{ours}latent", (f"{theirs}latent",)),
+        *_pairs(ours, theirs, {"attention.out": "proj", "norm": "norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}),
+    ]
+    for leaf in ("weight", "bias"):
+        rules.append(Rule(f"{ours}attention.qkv.{leaf}", (f"{theirs}q.{leaf}", f"{theirs}kv.{leaf}"), "split"))
+    for index in range(depth):
+        rules += _pairs(f"vision.blocks.{index}.", f"{trunk}blocks.{index}.", BLOCK_IN_TIMM)
+    return rules
