@@ -109,7 +109,7 @@ def test_root_keys_are_a_known_set() -> None:
     """Knobs are expensive: a new one is added here, with a line in CHANGELOG.md."""
     assert sorted(Config.__dataclass_fields__) == [
         "checkpoint", "compile", "data", "evaluation", "logger", "model", "objective", "optim", "precision", "run",
-        "schedule", "seed", "strategy", "trainer",
+        "schedule", "seed", "spikes", "strategy", "trainer",
     ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
-from vlm_train.types import ImageSpec, Tokenizer
+from vlm_train.types import ImageSpec, Jumps, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +124,8 @@ def stream_spec(config: DictConfig) -> StreamSpec:
     )
 
 
-def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
-    """The training stream of this rank."""
+def train_loader(parts: Parts, placement: Placement, jumps: Jumps = ()) -> TrainLoader:
+    """The training stream of this rank, and where the run leaves some of it out."""
     config = parts.config
     steps = building.train_steps(
         plain(config.data),
@@ -134,7 +134,7 @@ def train_loader(parts: Parts, placement: Placement) -> TrainLoader:
         placement.rank,
         placement.world_size,
     )
-    return TrainLoader(steps=steps, num_workers=config.data.num_workers)
+    return TrainLoader(steps=steps, num_workers=config.data.num_workers, jumps=jumps)
 
 
 def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:

@@ -88,6 +88,16 @@ class DataConfig:
 
 
 @dataclass
+class SpikesConfig:
+    """Which steps are refused, and what follows: the run goes back and leaves out the data before them."""
+
+    threshold: float | None = None  # deviations above the median of the last losses; null: only what is not finite
+    window: int = 100  # how many losses; before there are as many, only what is not finite is refused
+    rewind_steps: int = 0  # steps before the refused one that are taken back too, with their data (PaLM: about 100)
+    max_rewinds: int = 3  # in the whole run; at the next one it ends with an error
+
+
+@dataclass
 class CheckpointConfig:
     """When state is written and how many committed checkpoints stay."""
 
@@ -151,6 +161,7 @@ class Config:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -169,6 +180,7 @@ MACHINE_KEYS = (
     "trainer.accelerator",
     "trainer.deterministic",
     "trainer.num_threads",
+    "spikes.max_rewinds",
     "data.num_workers",
     "data.max_error_rate",
     "data.cache_gb",

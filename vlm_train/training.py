@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from vlm_train.engine.callbacks.data_errors import DataErrors
 from vlm_train.engine.callbacks.evaluate import Evaluate
 from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
+from vlm_train.engine.callbacks.spikes import Spikes
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.report import write_report
+from vlm_train.engine.rewinds import Spike, go_back, jumps_of
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import lightning_trainer, set_up_torch
 from vlm_train.engine.wandb import WandbSink
 from vlm_train.locations import in_texts, scrubbed
+from vlm_train.types import Jumps
 
 
 def train(directory: Path, checkpoint: Path | None) -> None:
@@ -38,22 +42,36 @@ def train(directory: Path, checkpoint: Path | None) -> None:
         deterministic=config.trainer.deterministic,
         num_threads=config.trainer.num_threads,
     )
+    taken, rules = run.rewinds(), config.spikes
+    while (spike := _fit(config, run, placement, checkpoint, jumps_of(taken))) is not None:
+        gc.collect()  # trainer and model know each other; two models at once may not fit
+        row, checkpoint = go_back(run, spike, taken, rewind_steps=rules.rewind_steps, max_rewinds=rules.max_rewinds)
+        taken.append(row)
+    if placement.rank == 0:
+        run.event("finished", {"step": config.trainer.max_steps})
+        write_report(run)
+
+
+def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path | None, jumps: Jumps) -> Spike | None:
+    """From `checkpoint` to the last step, or to a spike, which is returned."""
     with_values = sharding.is_built_by(placement.rank, config.strategy.name)
     parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
     build.bind_teachers(parts)
-    loader = build.train_loader(parts, placement)
+    loader = build.train_loader(parts, placement, jumps)
     suite = build.evaluation_suite(parts, placement)
     module = training_module(parts, placement)
     sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
     trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks))
+    spike = None
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
-        trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+        try:
+            trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+        except Spike as raised:
+            spike = raised.with_traceback(None)  # which would keep the model
     for sink in sinks:
         sink.close()
-    if placement.rank == 0:
-        run.event("finished", {"step": config.trainer.max_steps})
-        write_report(run)
+    return spike
 
 
 def training_module(parts: Parts, placement: Placement) -> TrainingModule:
@@ -82,13 +100,15 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
 def callbacks(
     parts: Parts, run: RunDirectory, loader: TrainLoader, suite: EvaluationSuite, sinks: list[Any]
 ) -> list[lightning.Callback]:
-    """In the order in which they act after a step: record, judge the data, measure, draw, save."""
+    """In the order in which they act after a step: judge it, record, judge the data, measure, draw, save."""
     config = parts.config
     num_steps, global_batch = config.trainer.max_steps, config.trainer.global_batch
-    every_steps, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    every_steps, spikes = config.checkpoint.every_steps, config.spikes
+    keep = max(config.checkpoint.keep, 1 + -(-spikes.rewind_steps // every_steps))  # one to go back to
     gallery = ShardGallery(shards=build.plain(config.data.val.shards)).pixels
     recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
     return [
+        Spikes(run=run, threshold=spikes.threshold, window=spikes.window),
         recorder,
         DataErrors(
             run=run,

@@ -182,3 +182,13 @@ def rank_share(total: int, rank: int, world_size: int) -> tuple[int, int]:
     quotient, remainder = divmod(total, world_size)
     start = rank * quotient + min(rank, remainder)
     return start, start + quotient + (1 if rank < remainder else 0)
+
+
+Jumps = Sequence[tuple[int, int]]
+"""(step of the run, step of the stream), ascending: from the one on, a run reads the stream from the other on."""
+
+
+def stream_step(step: int, jumps: Jumps) -> int:
+    """The step of the stream whose batch the run's step `step` trains on; the same without jumps."""
+    start, place = max((jump for jump in jumps if jump[0] <= step), default=(0, 0))
+    return place + step - start

@@ -5,6 +5,8 @@ its workers in turn and returns them in order, so worker k of K makes steps k, k
 
 What was *consumed* is counted where the trainer takes a batch, not where a worker prefetched it. The state is one small
 JSON object without a rank in it: position in the stream, and what defines the stream, refused when that differs.
+
+A run that went back after a spike leaves data out (`engine.rewinds`): its steps then jump in the stream.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.steps import EvalSteps, Steps, StreamSteps
 from vlm_train.errors import CheckpointError, VlmError
-from vlm_train.types import Batch, Source
+from vlm_train.types import Batch, Jumps, Source, stream_step
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,12 +35,13 @@ class TrainLoader:
     Args:
         steps: what a step holds (`steps.TrainSteps`, or `streaming.TapeSteps`).
         num_workers: worker processes of this rank; 0 loads in the trainer's process.
+        jumps: where the run leaves data out.
     """
 
-    def __init__(self, *, steps: StreamSteps, num_workers: int) -> None:
-        self._steps, self._num_workers = steps, num_workers
+    def __init__(self, *, steps: StreamSteps, num_workers: int, jumps: Jumps = ()) -> None:
+        self._steps, self._num_workers, self._jumps = steps, num_workers, jumps
         self._spec, self._definition = steps.spec, steps.definition()
-        self._consumed = 0
+        self._consumed = self._skipped = 0
         self._place = steps.place(0, None)
 
     def __len__(self) -> int:
@@ -48,11 +51,14 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the first step that has not been consumed."""
         first = self._consumed // self._spec.global_batch
-        loader = _loader(self._steps, range(first, self._spec.num_steps), self._num_workers)
+        order = (stream_step(step, self._jumps) for step in range(first, self._spec.num_steps))
+        loader = _loader(self._steps, order, self._num_workers)
         try:
-            for batch in _run(loader):
-                self._consumed = (batch["step"] + 1) * self._spec.global_batch
-                self._place = self._steps.place(self._consumed, batch)
+            for step, batch in enumerate(_run(loader), start=first):
+                self._consumed = (step + 1) * self._spec.global_batch
+                self._skipped = (batch["step"] - step) * self._spec.global_batch
+                self._place = self._steps.place(self._consumed + self._skipped, batch)
+                batch["step"] = step
                 yield batch
         finally:
             _stop(loader)
@@ -64,13 +70,14 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: JSON, under 1 kB, the same on every rank."""
-        return {**self._definition, **self._place, "consumed": self._consumed}
+        return {**self._definition, **self._place, "consumed": self._consumed, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` stands; the next iteration starts there.
 
         Raises:
-            CheckpointError: the state is of another stream, with the name of the field that differs.
+            CheckpointError: the state is of another stream, with the name of the field that differs; or it has left out
+                other data than this run.
         """
         for name, value in self._definition.items():
             if state.get(name) != value:
@@ -87,7 +94,16 @@ class TrainLoader:
                 got=consumed,
                 allowed=f"a multiple of the global batch, {self._spec.global_batch}",
             )
-        self._consumed = consumed
+        last, skipped = max(consumed // self._spec.global_batch - 1, 0), state.get("skipped", 0)
+        known = (stream_step(last, self._jumps) - last) * self._spec.global_batch if consumed else 0
+        if skipped != known:
+            raise CheckpointError(
+                "the checkpoint has left out other data than the records of this run tell",
+                got=f"{skipped} samples in the checkpoint",
+                allowed=f"{known}, from the `rewind` lines of events.jsonl",
+                remedy="restore events.jsonl, or start a new run: run.resume=never",
+            )
+        self._consumed, self._skipped = consumed, skipped
         self._place = {name: state.get(name) for name in self._place}
         self._steps.seek(self._place)
 

@@ -3,6 +3,7 @@
 1. Every parameter takes the first group whose pattern matches its whole name.
 2. A pattern that matches nothing, or a parameter that nothing matches, is an error: both are always a mistake.
 3. Parameters of at most one dimension (biases, norms, temperatures) are never decayed (contrastive recipes since CLIP).
+4. A group gives the peak rate; `layer_decay`, where it is set, multiplies it by the depth (`layer_decay.py`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vlm_train.engine.layer_decay import layer_factors
+from vlm_train.engine.stable_adamw import StableAdamW as StableAdamWSteps
 from vlm_train.errors import CheckpointError, ConfigError, nearest
+from vlm_train.log import get_logger
+
+LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +71,11 @@ class AdamW:
         betas, eps, weight_decay: as in the paper.
         grad_clip: largest norm of the whole gradient; None leaves it alone.
         ema_decay: decay per step of an exponential moving average of the weights, used for evaluation; None keeps none.
+        layer_decay: factor from each layer of a tower to the one below it (BEiT fine-tunes at 0.65 to 0.85); None: 1.
         groups: dicts of ParameterRule.
     """
+
+    steps: ClassVar[type[torch.optim.AdamW]] = torch.optim.AdamW
 
     def __init__(
         self,
@@ -77,14 +86,17 @@ class AdamW:
         weight_decay: float = 0.2,
         grad_clip: float | None = None,
         ema_decay: float | None = None,
+        layer_decay: float | None = None,
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
         if lr <= 0:
             raise ConfigError("optim.lr must be positive", got=lr, allowed="> 0")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigError("optim.ema_decay is no decay", got=ema_decay, allowed="0 < decay < 1, or null")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ConfigError("optim.layer_decay is no decay", got=layer_decay, allowed="0 < decay <= 1, or null")
         self.lr, self.betas, self.eps, self.weight_decay = lr, (float(betas[0]), float(betas[1])), eps, weight_decay
-        self.grad_clip, self.ema_decay = grad_clip, ema_decay
+        self.grad_clip, self.ema_decay, self.layer_decay = grad_clip, ema_decay, layer_decay
         self.rules = [ParameterRule(**group) for group in groups]
 
     def apply_frozen(self, module: nn.Module) -> None:
@@ -96,20 +108,39 @@ class AdamW:
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the parameters that learn; each group keeps its peak as `base_lr`."""
         named = dict(module.named_parameters())
-        chosen = match_rules(named, self.rules)
+        chosen = {name: rule for name, rule in match_rules(named, self.rules).items() if not rule.frozen}
+        if not chosen:
+            raise ConfigError("optim.groups freezes every parameter", got=[rule.pattern for rule in self.rules],
+                              allowed="at least one that learns", remedy="optim=adamw")  # fmt: skip
+        factors = self._factors(module, chosen)
         buckets: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, rule in chosen.items():
-            if not rule.frozen:
-                decay = rule.weight_decay if named[name].ndim > 1 else 0.0
-                sharded = isinstance(named[name], DTensor)  # torch's fused step takes no mixture
-                buckets.setdefault((rule.lr, decay, sharded), []).append((name, named[name]))
+            decay = rule.weight_decay if named[name].ndim > 1 else 0.0
+            sharded = isinstance(named[name], DTensor)  # torch's fused step takes no mixture
+            buckets.setdefault((rule.lr * factors.get(name, 1.0), decay, sharded), []).append((name, named[name]))
         groups = [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
             for (lr, decay, _), parameters in buckets.items()
         ]
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        rates = [lr for lr, _, _ in buckets]
+        LOG.info("%d groups of parameters, peak rates %.3g to %.3g", len(groups), min(rates), max(rates))
+        optimizer = self.steps(groups, betas=self.betas, eps=self.eps, fused=True)
         optimizer.register_load_state_dict_pre_hook(_as_grouped_here)
         return optimizer
+
+    def _factors(self, module: nn.Module, learning: Iterable[str]) -> dict[str, float]:
+        """name -> what the depth leaves of a parameter's peak rate; 1 where the name is not there."""
+        if self.layer_decay is None:
+            return {}
+        inside = {name.removeprefix("model.") for name in learning if name.startswith("model.")}
+        factors = layer_factors(module.get_submodule("model"), self.layer_decay, inside)
+        return {f"model.{name}": factor for name, factor in factors.items()}
+
+
+class StableAdamW(AdamW):
+    """AdamW whose steps are clipped by tensor instead of the gradient (`stable_adamw.py`)."""
+
+    steps = StableAdamWSteps
 
 
 def state_by_name(state: dict[str, Any]) -> dict[str, Any]:

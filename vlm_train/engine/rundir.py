@@ -50,6 +50,10 @@ class RunDirectory:
                 kept = [row for row in read_lines(path) if row["step"] <= step]
                 write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def rewinds(self) -> list[dict[str, Any]]:
+        """The `rewind` lines of events.jsonl, see `rewinds.py`."""
+        return [row for row in read_lines(self.events) if row["event"] == "rewind"]
+
     def is_finished(self) -> bool:
         """Whether the run reached its last step and was not taken up again since."""
         turns = [row["event"] for row in read_lines(self.events) if row["event"] in ("start", "resume", "finished")]

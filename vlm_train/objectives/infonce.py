@@ -20,7 +20,7 @@ class InfoNCE(Contrastive):
 
     Args:
         init_temperature: first value of the temperature; the factor on the cosine is its inverse.
-        max_scale: the factor is clamped to [1, max_scale] after each step.
+        max_scale: the factor is clamped to [1, max_scale] after each step (100 in the paper); None leaves it free.
         learn_temperature: whether the temperature is trained.
         partners: see `Contrastive`.
         implementation: see `Contrastive`.
@@ -30,7 +30,7 @@ class InfoNCE(Contrastive):
         self,
         *,
         init_temperature: float = 0.07,
-        max_scale: float = 100.0,
+        max_scale: float | None = 100.0,
         learn_temperature: bool = True,
         partners: Partners = "pair",
         implementation: Implementation = "auto",

@@ -62,6 +62,15 @@ class Checkpoint(lightning.Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Nobody asks for the flag any more: the signals go back, and one that came too late to be seen is sent again.
+        After `Interrupted` they stay: a second Ctrl-C still ends at once."""
+        if isinstance(exception, Interrupted):
+            return
+        self.on_train_end(trainer, pl_module)
+        if self._signal:
+            signal.raise_signal(self._signal)
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._signal and signum == signal.SIGINT:
             os._exit(128 + signum)
