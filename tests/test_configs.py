@@ -44,13 +44,28 @@ EXTRA = {
     ("objective", "distill"): ["objective.teacher=runs/teacher"],
     ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],
 }
+TEXT = ["model.text.width=32", "model.text.num_layers=1", "model.text.num_heads=2", "model.tokenizer.vocab_size=300"]
+TOWERS = ["model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2", "model.embed_dim=32", *TEXT]
+RESNET = [
+    "model.vision.width=8",
+    "model.vision.layers=[1,1,1,1]",
+    "model.vision.out_dim=32",
+    "model.embed_dim=32",
+    *TEXT,
+]
+LARGE = {  # choices of published size, cut down
+    **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16"), TOWERS),
+    "siglip_b16": [*TOWERS, "objective=sigmoid"],
+    "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
+    "clip_rn50": RESNET,
+}
 SMALL = ["trainer.max_steps=2", "trainer.global_batch=6", "schedule.warmup_steps=1", "data.num_workers=0"]
 
 
 def words_for(group: str, choice: str, scenes: Path) -> list[str]:
     data = [f"data.train.shards={scenes / 'train'}", f"data.val.shards={scenes / 'val'}"]
     classes = [f"data.classes={scenes.parent / 'classes.json'}"]
-    return [f"{group}={choice}", *SMALL, *EXTRA.get((group, choice), []), *data, *classes]
+    return [f"{group}={choice}", *SMALL, *EXTRA.get((group, choice), []), *LARGE.get(choice, []), *data, *classes]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
@@ -108,8 +123,8 @@ def test_no_two_recipes_are_the_same() -> None:
 def test_root_keys_are_a_known_set() -> None:
     """Knobs are expensive: a new one is added here, with a line in CHANGELOG.md."""
     assert sorted(Config.__dataclass_fields__) == [
-        "checkpoint", "compile", "data", "evaluation", "logger", "model", "objective", "optim", "precision", "run",
-        "schedule", "seed", "spikes", "strategy", "trainer",
+        "checkpoint", "compile", "data", "evaluation", "init", "logger", "model", "objective", "optim", "precision",
+        "run", "schedule", "seed", "spikes", "stages", "strategy", "trainer",
     ]  # fmt: skip
 
 

@@ -13,14 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
+from vlm_train import origins
 from vlm_train.data import building
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.indexing import Progress
@@ -28,14 +30,15 @@ from vlm_train.data.pipeline import EvalLoader, TrainLoader
 from vlm_train.data.steps import StreamSpec
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.data.transforms import EvalTransform, TrainTransform
-from vlm_train.engine import checkpoints, states
+from vlm_train.engine import checkpoints
 from vlm_train.engine.bad_samples import record_left_out
 from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
-from vlm_train.types import ImageSpec, Jumps, Tokenizer
+from vlm_train.schema import plain, read_config
+from vlm_train.types import ImageSpec, Jumps, TextSpec, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +82,15 @@ def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Pro
     building.check_train(data, stream_spec(config))
     if not fresh:
         return
-    tokenizer = make(config.model.tokenizer)
-    if callable(getattr(tokenizer, "func", None)):  # a tokenizer that is trained: a partial that waits for captions
+    tokenizer: Any = origins.tokenizer(config) or make(config.model.tokenizer)
+    if _waits(tokenizer):
         tokenizer = tokenizer(building.train_captions(data))
     tokenizer.save(str(run.tokenizer))
+
+
+def _waits(tokenizer: Any) -> bool:
+    """Whether this is a tokenizer that is trained: a partial that waits for captions."""
+    return callable(getattr(tokenizer, "func", None))
 
 
 def network(config: DictConfig, tokenizer: Tokenizer, *, with_values: bool = True) -> Parts:
@@ -161,17 +169,16 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
 def load(directory: Path, *, checkpoint: Path | None = None, config: DictConfig | None = None) -> Parts:
     """A trained run: `checkpoint` or the newest that verifies, with averaged weights where there are any."""
     run = RunDirectory(directory)
-    saved = read_config(run)
+    saved = read_config(run.path)
     path = checkpoint or checkpoints.newest(run.checkpoints)
     if path is None:
         raise CheckpointError(
             f"{directory} has no checkpoint yet", remedy="train it first: the same command resumes it"
         )
     parts = network(config if config is not None else saved, load_tokenizer(str(run.tokenizer)))
-    state = states.read_weights(path)
-    prefix = "averaged_model." if any(key.startswith("averaged_model.") for key in state) else "model."
-    parts.model.load_state_dict(_under(state, prefix))
-    parts.objective.load_state_dict(_under(state, "objective."))
+    weights = origins.trained_weights(path)
+    parts.model.load_state_dict(weights["model"])
+    parts.objective.load_state_dict(weights["objective"])
     parts.model.eval()
     return parts
 
@@ -205,6 +212,18 @@ def _check_teacher(parts: Parts, teacher: Parts, where: str) -> None:
         )  # fmt: skip
 
 
+def skeleton(config: DictConfig) -> Parts:
+    """Model and objective without memory, to see whether they can be built and what they hold.
+
+    A tokenizer that is still to be trained stands for one with the vocabulary asked for.
+    """
+    tokenizer: Any = origins.tokenizer(config) or make(config.model.tokenizer)
+    if _waits(tokenizer):
+        asked = {"vocab_size": 8192, "context_length": 32, **tokenizer.keywords}
+        tokenizer = SimpleNamespace(spec=TextSpec(pad_id=0, bos_id=1, eos_id=2, **asked))
+    return network(config, tokenizer, with_values=False)
+
+
 def make(node: Any, runtime: Mapping[str, Any] | None = None) -> Any:
     """The part that `node` describes, with the runtime values that no config holds; a `_partial_` stays one.
 
@@ -218,21 +237,3 @@ def make(node: Any, runtime: Mapping[str, Any] | None = None) -> Any:
             cause = cause.__cause__ or cause.__context__
         raise (cause or error) from None
     return factory if node.get("_partial_") else factory(**(runtime or {}))
-
-
-def read_config(run: RunDirectory) -> DictConfig:
-    """The resolved config of a run."""
-    if not run.config.is_file():
-        raise ConfigError(f"{run.path} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
-    config = OmegaConf.load(run.config)
-    assert isinstance(config, DictConfig)
-    return config
-
-
-def plain(value: Any) -> Any:
-    """A node of the config as dicts and lists; other values as they are."""
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

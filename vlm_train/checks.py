@@ -57,7 +57,7 @@ _CHOICES = {
     "logger.mode": ("online", "offline"),
 }
 _NAMES = ("run.experiment", "run.id")
-_PLACES = ("run.dir", "run.resume", "data.selection", "data.classes")
+_PLACES = ("init", "run.dir", "run.resume", "data.selection", "data.classes")
 _TEXTS = ("logger.project", "logger.entity")
 _PARTS = ("model", "model.vision", "model.text", "model.tokenizer", "objective", "optim", "schedule")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -76,6 +76,7 @@ def check_values(config: Mapping[str, Any]) -> None:
                  remedy=f"{word}={allowed[0]}")  # fmt: skip
     _check_words(config)
     _check_parts(config)
+    _check_patch_dropout(config["model"])
     _check_trainer(config)
     _check_augment(config["data"]["augment"])
     _check_shards(config["data"])
@@ -141,7 +142,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
     """Whether a text can name a file or a folder of its own: no way to another one, and no pointer of ours."""
     return isinstance(value, str) and bool(re.fullmatch(r"[^/\s.-][^/\s]{0,199}", value)) and value.isprintable()
 
@@ -153,7 +154,7 @@ def _is_place(value: object) -> bool:
 def _check_words(config: Mapping[str, Any]) -> None:
     for key in _NAMES:
         value = _at(config, key)
-        _require(value is None or (_is_name(value) and value != "latest"), f"{key} cannot name a folder",
+        _require(value is None or (is_name(value) and value != "latest"), f"{key} cannot name a folder",
                  got=repr(value), allowed="letters, digits and signs without / and spaces; not `latest`",
                  remedy=f"{key}=mine")  # fmt: skip
     for key in _PLACES:
@@ -176,7 +177,7 @@ def _check_parts(config: Mapping[str, Any]) -> None:
                  remedy=f"choose one: {group}=...; vlm-train configs list")  # fmt: skip
     for name, node in config["evaluation"]["evaluators"].items():
         key = f"evaluation.evaluators.{name}"
-        _require(_is_name(name), f"{key}: the name cannot be that of a file", got=repr(name), allowed="letters, digits",
+        _require(is_name(name), f"{key}: the name cannot be that of a file", got=repr(name), allowed="letters, digits",
                  remedy="rename it")  # fmt: skip
         _require(isinstance(node, Mapping) and "_target_" in node, f"{key} is no evaluator", got=node,
                  allowed=f"a mapping with {key}._target_", remedy="evaluation=suite")  # fmt: skip
@@ -186,6 +187,12 @@ def _check_parts(config: Mapping[str, Any]) -> None:
             _require(is_good and key.endswith(("._target_", "._partial_")), f"{key} cannot take this value", got=value,
                      allowed="_target_: the dotted name of a class; _partial_: true or false; no other key with _",
                      remedy=f"vlm-train configs show {group}/CHOICE")  # fmt: skip
+
+
+def _check_patch_dropout(model: Mapping[str, Any]) -> None:
+    value = model.get("patch_dropout", 0)
+    _require(_is_number(value) and 0 <= value < 1, "model.patch_dropout is no share that can be left out", got=value,
+             allowed="0 <= share < 1", remedy="model.patch_dropout=0.5")  # fmt: skip
 
 
 def _own_words(node: Any, where: str) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -152,6 +153,8 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
+    init: str | None = None  # a run or a checkpoint whose weights this one starts from
+    stages: dict[str, Any] = field(default_factory=dict)  # name -> changes; trained one after another
     model: Any = MISSING
     objective: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,13 +193,41 @@ MACHINE_KEYS = (
 )
 
 
+def read_config(run: Path) -> DictConfig:
+    """The resolved config of the run in a folder. Raises ConfigError where there is none."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def plain(value: Any) -> Any:
+    """A node of the config as dicts and lists; other values as they are."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def learning_view(config: DictConfig) -> dict[str, Any]:
     """The resolved config as flat dotted keys, without what only the machine or the observer decides.
 
-    A URL that was only signed anew, or got another password, says the same.
+    A URL that was only signed anew, or got another password, says the same. Weights to start from are known by their
+    hash, and stages have an order.
     """
-    flat = flatten(in_texts(identity, OmegaConf.to_container(config, resolve=True)))
-    return {key: value for key, value in flat.items() if not _is_of_the_machine(key)}
+    plain = in_texts(identity, OmegaConf.to_container(config, resolve=True))
+    flat = {key: value for key, value in flatten(plain).items() if not _is_machines(key)}
+    if flat.get("init"):
+        flat["init"] = flat["init"].rpartition("@")[2]
+    if plain.get("stages"):
+        flat["stages"] = " ".join(plain["stages"])
+    return flat
+
+
+def _is_machines(key: str) -> bool:
+    """Whether a key, or what a stage changes by it, is the machine's business."""
+    if key.startswith("stages."):
+        key = key.split(".", 2)[-1]
+    how_a_loss_is_computed = _under(key, "objective") and key.endswith(".implementation")
+    return how_a_loss_is_computed or any(_under(key, machine) for machine in MACHINE_KEYS)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -207,11 +238,6 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def _is_of_the_machine(key: str) -> bool:
-    how_a_loss_is_computed = _under(key, "objective") and key.endswith(".implementation")
-    return how_a_loss_is_computed or any(_under(key, machine) for machine in MACHINE_KEYS)
 
 
 def _under(key: str, parent: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 
-from vlm_train import build
+from vlm_train import build, origins
 from vlm_train.build import Parts, Placement
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.pipeline import TrainLoader
@@ -29,13 +29,14 @@ from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import lightning_trainer, set_up_torch
 from vlm_train.engine.wandb import WandbSink
 from vlm_train.locations import in_texts, scrubbed
+from vlm_train.schema import plain, read_config
 from vlm_train.types import Jumps
 
 
 def train(directory: Path, checkpoint: Path | None) -> None:
     """What each rank runs: from the config in `directory`, or from `checkpoint`, to the last step."""
     run = RunDirectory(directory)
-    config = build.read_config(run)
+    config = read_config(run.path)
     placement = Placement.from_environment()
     set_up_torch(
         accelerator=config.trainer.accelerator,
@@ -56,6 +57,9 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     """From `checkpoint` to the last step, or to a spike, which is returned."""
     with_values = sharding.is_built_by(placement.rank, config.strategy.name)
     parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
+    if checkpoint is None and config.get("init"):
+        source = origins.start_checkpoint(config.init)
+        origins.start(parts, origins.trained_weights(source), whose=str(source))
     build.bind_teachers(parts)
     loader = build.train_loader(parts, placement, jumps)
     suite = build.evaluation_suite(parts, placement)
@@ -105,7 +109,7 @@ def callbacks(
     num_steps, global_batch = config.trainer.max_steps, config.trainer.global_batch
     every_steps, spikes = config.checkpoint.every_steps, config.spikes
     keep = max(config.checkpoint.keep, 1 + -(-spikes.rewind_steps // every_steps))  # one to go back to
-    gallery = ShardGallery(shards=build.plain(config.data.val.shards)).pixels
+    gallery = ShardGallery(shards=plain(config.data.val.shards)).pixels
     recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
     return [
         Spikes(run=run, threshold=spikes.threshold, window=spikes.window),
@@ -136,7 +140,7 @@ def make_trainer(config: Any, callbacks: list[lightning.Callback]) -> lightning.
 
 
 def _wandb(config: Any, run: RunDirectory) -> WandbSink:
-    resolved = in_texts(scrubbed, build.plain(config))
+    resolved = in_texts(scrubbed, plain(config))
     return WandbSink(
         project=config.logger.project,
         entity=config.logger.entity,

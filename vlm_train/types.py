@@ -82,6 +82,7 @@ class BatchRows(TypedDict, total=False):
     hard_text_mask: Tensor  # [B, H, T] bool, True on real tokens
     hard_counts: Tensor  # [B, H] bool, False where a sample has fewer than H
     contents: Tensor  # [B, 2] int64: hashes of the image and of the caption
+    draws: Tensor  # [B] int64: a random number of the sample at its place in the stream, for randomness in the model
     captions: list[str]  # the caption that text_ids encodes
     all_captions: list[list[str]]  # every caption of the sample (evaluation only)
     keys: list[str]

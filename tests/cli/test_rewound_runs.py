@@ -81,8 +81,8 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_above_the_threshold_is_taken_back_wherever_checkpoints_lie(
     tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A threshold so low that the noise of a small run passes it. A run that saves at other steps and is killed, and one
-    on two ranks, go back to the same steps: what is learned does not depend on where a checkpoint lies."""
+    """A threshold so low that the noise of a small run passes it. A run that saves at other steps and is killed, and
+    one on two ranks, go back to the same steps: what is learned does not depend on where a checkpoint lies."""
     rules = ("optim.lr=0.03", "spikes.threshold=1", "spikes.window=3", "spikes.rewind_steps=2", "spikes.max_rewinds=50")
     untouched, killed, two, twin = (tmp_path / name for name in ("untouched", "killed", "two", "twin"))
     assert command_line.main(words(scenes, untouched, *rules)) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ KEYS = """keys (all: vlm-train configs keys)
   data.train.shards data.val.shards            a folder, a glob, 'path/{00000..00012}.tar', or a list of these
   data.selection data.num_workers              which samples count; reader processes a rank
   optim.lr checkpoint.every_steps              peak learning rate; how often state is saved
+  init=RUN|CHECKPOINT                          weights to start from; image size and context may be others
   run.id run.dir run.resume=auto|never|PATH    which run; the same command goes on with an unfinished run
   --config-dir DIR                             your own configs beside ours"""
 
@@ -36,13 +38,24 @@ def main(words: list[str]) -> int:
             allowed="one process", remedy="vlm-train train trainer.devices=N strategy=ddp",
         )  # fmt: skip
     from vlm_train.cli.compose import compose_config
-    from vlm_train.cli.runs import choose_run, locked
+    from vlm_train.cli.runs import choose_run, locked, point_latest
+    from vlm_train.cli.stages import check_handover, compose_stages, told_of
+    from vlm_train.cli.trained import pinned
 
     config = compose_config(words)
-    _try_parts(config)
+    config.init = pinned(config.init) if config.init else None
+    stages = compose_stages(config, words)
+    if not stages:
+        _try_parts(config)
+    for name, stage in stages.items():
+        with told_of(name):
+            _try_parts(stage)
+    check_handover(stages)
     run, checkpoint = choose_run(config)
     with locked(run):
-        return _run(config, run, checkpoint, words)
+        if stages:
+            return _run_stages(config, run, stages, words)
+        return _run(config, run, checkpoint, words, lambda: point_latest(run))
 
 
 def usage() -> str:
@@ -57,12 +70,41 @@ def usage() -> str:
     return "\n".join([*lines, "", KEYS])
 
 
-def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> int:
+def _run_stages(config: Any, run: Any, stages: dict[str, Any], words: list[str]) -> int:
+    """Every stage that is not finished, in order; ends with the first that fails."""
+    from omegaconf import OmegaConf
+
+    from vlm_train.cli.runs import choose_run, locked, point_latest
+    from vlm_train.cli.stages import place
+    from vlm_train.engine.rundir import write_atomic
+
+    def announce() -> None:
+        write_atomic(run.config, OmegaConf.to_yaml(config))
+        point_latest(run)
+
+    before: Path | None = None
+    for name, stage in stages.items():
+        place(stage, config, name, before)
+        own, _ = choose_run(stage)
+        stage.run.id = f"{config.run.id}-{name}"
+        with locked(own):
+            code = 0 if own.is_finished() else _run(stage, own, None, words, announce)
+        if code:
+            return code
+        before = own.path
+    if run.is_finished():
+        print(f"{run.path} is finished already; run.resume=never trains it again as a new run")
+    else:
+        run.event("finished", {"stages": list(stages)})
+    return 0
+
+
+def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], announce: Callable[[], None]) -> int:
+    """One run; `announce` is called when it is there and nothing of what it asks for has been refused."""
     from omegaconf import OmegaConf
 
     from vlm_train import build
     from vlm_train.cli.launcher import launch
-    from vlm_train.cli.runs import point_latest
     from vlm_train.engine import checkpoints
     from vlm_train.engine.rundir import write_atomic
     from vlm_train.locations import in_texts, scrubbed
@@ -75,10 +117,12 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str]) -> in
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
     run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
     checkpoints.retire_after(run.checkpoints, step)
+    if config.init and step == 0:
+        _try_start(config)
     build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
     # from here on the run exists: what could be refused has been
     write_atomic(run.config, OmegaConf.to_yaml(config))
-    point_latest(run)
+    announce()
     told = {"step": step, "command": in_texts(scrubbed, words), "ranks": config.trainer.devices}
     run.event("resume" if step else "start", told)
     if config.trainer.devices > 1:
@@ -106,6 +150,14 @@ def _try_parts(config: Any) -> None:
             raise ConfigError(f"{name} cannot be built: {error}", got={key: config[name][key] for key in config[name]},
                               allowed=f"the keys and values of {config[name]['_target_']}",
                               remedy=f"vlm-train configs show {name}/CHOICE") from error  # fmt: skip
+
+
+def _try_start(config: Any) -> None:
+    """Compares the weights to start from with a model without memory. Raises ConfigError."""
+    from vlm_train import build, origins
+
+    source = origins.start_checkpoint(config.init)
+    origins.start(build.skeleton(config), origins.trained_weights(source), whose=str(source))
 
 
 def summary(run: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,55 @@ if TYPE_CHECKING:
 RUN = "the directory of a run, such as runs/quickstart/latest"
 CHECKPOINT = "one of its checkpoints; the newest that verifies if left out"
 DEVICE = "auto, cpu, cuda or cuda:N"
+STAGE = "stage-"
+"""How the folders of the stages of a run begin; their numbers follow, so that they sort by name."""
 
 
-def open_run(path: str) -> RunDirectory:
-    """The run that a user means. Raises ConfigError when there is none."""
+def open_run(path: str, *, key: str = "run") -> RunDirectory:
+    """The run that a user means; of a run in stages the last one that has weights. Raises ConfigError when there is
+    none."""
     from vlm_train.engine.rundir import RunDirectory
 
     run = RunDirectory(path)
     if run.config.is_file():
-        return run
+        return last_stage(run)
     known = sorted(str(found.parent) for found in Path("runs").glob("*/*/config.yaml"))
     raise ConfigError(
         f"{path} is no run" if run.path.exists() else f"{path} does not exist",
-        got=f"run={path}",
+        got=f"{key}={path}",
         allowed=f"a folder with config.yaml{': ' + ', '.join(known[-4:]) if known else ''}",
-        remedy=f"run={known[-1]}" if known else "train one first: vlm-train train experiment=quickstart",
+        remedy=f"{key}={known[-1]}" if known else "train one first: vlm-train train experiment=quickstart",
     )
+
+
+def last_stage(run: RunDirectory) -> RunDirectory:
+    """The last stage of a run in stages that has a checkpoint; a run without stages is its own."""
+    from vlm_train.engine import checkpoints
+    from vlm_train.engine.rundir import RunDirectory
+
+    stages = [RunDirectory(path.parent) for path in run.path.glob(f"{STAGE}*/config.yaml")]
+    trained = [stage for stage in stages if checkpoints.committed(stage.checkpoints)]
+    return max(trained, key=lambda stage: stage.path.name, default=run)
+
+
+def pinned(init: str) -> str:
+    """What `init` names, as PATH_OF_CHECKPOINT@IDENTITY; a run stands for its newest checkpoint.
+
+    Raises:
+        ConfigError: it names neither.
+        CheckpointError: it cannot be read, or there is none yet.
+    """
+    from vlm_train.cli.runs import is_checkpoint
+    from vlm_train.engine import checkpoints
+
+    if re.search(r"@[0-9a-f]{16}$", init):  # as the config of a run tells it
+        return init
+    path = Path(init)
+    if is_checkpoint(path):
+        checkpoints.verify(path)
+    else:
+        path = choose_checkpoint(open_run(init, key="init"), None)
+    return f"{path}@{checkpoints.identity(path)}"
 
 
 def choose_checkpoint(run: RunDirectory, path: str | None) -> Path:

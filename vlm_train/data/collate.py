@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
-from vlm_train.data.transforms import Transform, keyed_generator, render
+from vlm_train.data.transforms import Transform, keyed_draw, keyed_generator, render
 from vlm_train.imaging import recolour
 from vlm_train.types import Batch, RawSample, Tokenizer
 
@@ -84,6 +84,7 @@ class Draft:
         self._metadata: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self._hard: list[list[str]] = [[] for _ in range(num_rows)]
         self._contents = torch.zeros(num_rows, 2, dtype=torch.int64)
+        self._draws = torch.zeros(num_rows, dtype=torch.int64)
         self._blank = set(range(num_rows))
 
     def put(self, row: int, raw: RawSample, *, seed: int = 0, visit: int | None = None) -> None:
@@ -105,6 +106,7 @@ class Draft:
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
         self._hard[row] = hard
+        self._draws[row] = keyed_draw(seed, visit or 0, raw.uid)
         if self._encoder.contents:
             pair = decode.first_image(raw.parts), captions[chosen].encode()
             self._contents[row] = torch.tensor([_content(part) for part in pair])
@@ -150,6 +152,7 @@ class Draft:
             weights=torch.tensor(weights, dtype=torch.float32),
             uids=torch.frombuffer(bytearray(b"".join(self._uids)), dtype=torch.int64).reshape(-1, 2),
             labels=torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64),
+            draws=self._draws,
             captions=self._chosen,
             keys=self._keys,
         )

@@ -34,7 +34,7 @@ from vlm_train.data.formats.beton import BetonFormat, roles_of
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import TrainSteps
 from vlm_train.data.storage import open_file
-from vlm_train.data.transforms import TrainTransform, keyed_generator
+from vlm_train.data.transforms import TrainTransform, keyed_draw, keyed_generator
 from vlm_train.errors import DataError
 from vlm_train.locations import is_remote, shown
 from vlm_train.types import Batch
@@ -166,13 +166,14 @@ class FfcvLoader:
         """A batch as `TrainSteps.batch` makes it, of these pixels [B, S, S, 3]."""
         visits, rows = self.order.places(range(step, step + 1))
         entries = self.source.manifest.entries(rows)
-        keys, captions, labels = [], [], []
+        keys, captions, labels, draws = [], [], [], []
         samples = BetonFormat().read_texts(self.file, entries)
         for (key, parts), visit, uid in zip(samples, visits.tolist(), entries["uid"].tolist(), strict=True):
             metadata = decode.decode_metadata(parts)
             label = decode.decode_label(metadata)
             keys.append(key)
             labels.append(-1 if label is None else label)
+            draws.append(keyed_draw(self.steps.spec.seed, visit, uid))
             captions.append(_draw(decode.decode_captions(parts, metadata), self.steps.spec.seed, visit, uid))
         text_ids, text_mask = self.steps.encoder.text(captions)
         return Batch(
@@ -182,6 +183,7 @@ class FfcvLoader:
             weights=torch.ones(len(rows)),
             uids=torch.from_numpy(np.ascontiguousarray(entries["uid"]).view(np.int64).reshape(-1, 2)),
             labels=torch.tensor(labels, dtype=torch.int64),
+            draws=torch.tensor(draws, dtype=torch.int64),
             captions=captions,
             keys=keys,
             step=step,

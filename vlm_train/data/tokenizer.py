@@ -221,15 +221,16 @@ class HuggingFaceTokenizer:
         _save_spec("hugging_face", self.spec, directory)
 
 
-def load_tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer that `save` wrote.
+def load_tokenizer(directory: str, *, context_length: int | None = None) -> Tokenizer:
+    """The tokenizer that `save` wrote, with its own context length unless another is given.
 
     Raises:
         DataError: `directory` lacks its files or they are damaged.
     """
     try:
         document = json.loads((Path(directory) / SPEC_FILE).read_text("utf-8"))
-        kind, length, pad_to_max = document["kind"], document["context_length"], document["pad_to_max"]
+        kind, pad_to_max = document["kind"], document["pad_to_max"]
+        length = document["context_length"] if context_length is None else context_length
         if kind == "hugging_face":
             vocab_size = document["vocab_size"]
             return HuggingFaceTokenizer(

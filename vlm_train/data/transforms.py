@@ -72,6 +72,11 @@ def keyed_generator(seed: int, visit: int, uid: bytes, stage: str) -> Uniforms:
     return _KeyedUniforms(seed, visit, uid, stage)
 
 
+def keyed_draw(seed: int, visit: int, uid: bytes) -> int:
+    """A number of 53 bits for the randomness of a model on this sample (`types.BatchRows.draws`)."""
+    return int(keyed_generator(seed, visit, uid, "model").random() * 2.0**53)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to do with one image of `width` x `height` pixels (as displayed).

@@ -87,6 +87,11 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path}: the checksum of {name} does not match its manifest")
 
 
+def identity(path: Path) -> str:
+    """16 hex digits that tell the content of a committed checkpoint, wherever it lies."""
+    return _sha256(path / "manifest.json")[:16]
+
+
 def newest(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none. Raises CheckpointError if all are bad."""
     failures = []

@@ -1,6 +1,7 @@
 """Two towers into one space: the model of CLIP and SigLIP.
 
-1. Pixels: uint8 images are normalised on their device; floats are taken as already normalised.
+1. Pixels: uint8 images are normalised on their device; floats are taken as already normalised. In training a share of
+   the patches may be left out.
 2. Each tower makes one vector per item; a linear projection brings it to `embed_dim`.
 3. Both are L2-normalised in fp32 (fp64 under fp64 parameters), whatever the precision before: the logits of a
    contrastive loss are differences of nearly equal cosines times up to 100.
@@ -10,7 +11,7 @@ Temperature and bias belong to the loss and live in the objective.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers import Linear, linear_flops
+from vlm_train.models.patches import kept_patches, num_kept
 from vlm_train.models.vision.image import Normalize
 from vlm_train.types import Batch, ImageSpec, Outputs, TextSpec
 
@@ -33,6 +35,18 @@ class VisionTower(Protocol):
 
     def forward_flops(self) -> float:
         """Forward FLOPs of one image."""
+
+
+class PatchTower(VisionTower, Protocol):
+    """A vision tower that can leave patches out."""
+
+    num_patches: int
+
+    def __call__(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """Reads only the patches `kept_BK` int64, if given."""
+
+    def forward_flops(self, num_kept: int | None = None) -> float:
+        """Forward FLOPs of one image of which `num_kept` patches are read."""
 
 
 class TextTower(Protocol):
@@ -57,9 +71,11 @@ class DualEncoder(nn.Module):
         embed_dim: E, the width of the common space.
         image_projection: `linear` (CLIP: no bias) or `none` (SigLIP: the tower's width must be `embed_dim`).
         text_bias: whether the text projection has a bias (SigLIP) or not (CLIP).
+        patch_dropout: share of the patches that the image tower does not read in training, another choice for each
+            sample (FLIP); the time of the tower falls by about this share. Evaluation reads all.
 
     Raises:
-        ConfigError: `image_projection: none` with a tower of another width.
+        ConfigError: `image_projection: none` with a tower of another width; patches to leave out and a tower without.
     """
 
     outputs = frozenset({"image_features", "text_features"})
@@ -73,6 +89,7 @@ class DualEncoder(nn.Module):
         embed_dim: int,
         image_projection: Literal["linear", "none"] = "linear",
         text_bias: bool = False,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if image_projection not in ("linear", "none") or (image_projection == "none" and vision.out_dim != embed_dim):
@@ -82,7 +99,14 @@ class DualEncoder(nn.Module):
                 allowed="linear; or none when the tower's width equals embed_dim",
                 remedy=f"set model.image_projection=linear or model.embed_dim={vision.out_dim}",
             )
-        self.embed_dim = embed_dim
+        if not 0 <= patch_dropout < 1 or (patch_dropout and not hasattr(vision, "num_patches")):
+            raise ConfigError(
+                "the image tower cannot leave out this share of its patches",
+                got=f"patch_dropout={patch_dropout}, vision {type(vision).__name__}",
+                allowed="0 <= patch_dropout < 1 with a VisionTransformer; 0 with any tower",
+                remedy="set model.patch_dropout=0",
+            )
+        self.embed_dim, self.patch_dropout = embed_dim, patch_dropout
         self.image_spec, self.text_spec = vision.image_spec, text.text_spec
         self.normalize = Normalize(self.image_spec)
         self.vision, self.text = vision, text
@@ -94,14 +118,28 @@ class DualEncoder(nn.Module):
         self.text_projection = Linear(text.out_dim, embed_dim, bias=text_bias, std=text.out_dim**-0.5)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Reads `images`, `text_ids`, `text_mask`; returns `image_features` and `text_features`, both [B, E]."""
+        """Reads `images`, `text_ids`, `text_mask`; returns `image_features` and `text_features`, both [B, E].
+
+        In training with `patch_dropout` also `draws`, which decide which patches are read.
+        """
+        kept_BK = None
+        if self._leaves_out:
+            tower = cast(PatchTower, self.vision)
+            kept_BK = kept_patches(batch["draws"], num_patches=tower.num_patches, num_kept=self._num_kept(tower))
         return {
-            "image_features": self.encode_image(batch["images"]),
+            "image_features": self.encode_image(batch["images"], kept_BK),
             "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
         }
 
-    def encode_image(self, images_B3SS: Tensor) -> Tensor:
-        """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E].
+    @property
+    def _leaves_out(self) -> bool:
+        return self.training and self.patch_dropout > 0
+
+    def _num_kept(self, tower: PatchTower) -> int:
+        return num_kept(tower.num_patches, self.patch_dropout)
+
+    def encode_image(self, images_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E]; `kept_BK`: see `PatchTower`.
 
         Raises:
             ConfigError: images that are not 3 x S x S with the tower's S.
@@ -115,7 +153,7 @@ class DualEncoder(nn.Module):
                 remedy="build the data with the model's own image_spec",
             )
         pixels = self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
-        features = self.vision(pixels)
+        features = self.vision(pixels) if kept_BK is None else cast(PatchTower, self.vision)(pixels, kept_BK)
         if self.image_projection is not None:
             features = self.image_projection(features)
         return unit_length(features)
@@ -127,9 +165,11 @@ class DualEncoder(nn.Module):
     def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
         """Forward FLOPs of one sample by part (`vision`, `text`), 2 per multiply-add, as executed.
 
-        Work that the towers skip in their last block (see `layers`) is not counted, so MFU is not flattered.
+        Work that the towers skip in their last block (see `layers`), and in training with the patches that are left
+        out, is not counted, so MFU is not flattered.
         """
-        vision = self.vision.forward_flops()
+        tower = cast(PatchTower, self.vision)
+        vision = tower.forward_flops(self._num_kept(tower)) if self._leaves_out else self.vision.forward_flops()
         if self.image_projection is not None:
             vision += linear_flops(self.image_projection, 1)
         return {

@@ -103,9 +103,10 @@ def attend(q_BHQC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, *, mask: Tensor | Non
 
 
 class Attention(nn.Module):
-    """Multi-head attention with packed projections; self-attention unless `query_BQD` is given."""
+    """Multi-head attention with packed projections; self-attention unless `query_BQD` is given. What is read is written
+    with `out_dim` numbers, `width` unless given."""
 
-    def __init__(self, *, width: int, num_heads: int, depth: int) -> None:
+    def __init__(self, *, width: int, num_heads: int, depth: int, out_dim: int | None = None) -> None:
         super().__init__()
         if width % num_heads:
             raise ConfigError(
@@ -115,7 +116,7 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.qkv = Linear(width, 3 * width, std=width**-0.5)
-        self.out = Linear(width, width, std=(2 * depth * width) ** -0.5)
+        self.out = Linear(width, width if out_dim is None else out_dim, std=(2 * depth * width) ** -0.5)
 
     def forward(
         self, x_BTD: Tensor, *, query_BQD: Tensor | None = None, mask: Tensor | None = None, causal: bool = False

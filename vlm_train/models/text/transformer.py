@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.adapt import resized_sequence
 from vlm_train.models.layers import Activation, Embedding, blocks_flops, make_blocks, run_blocks
 from vlm_train.types import TextSpec
 
@@ -85,6 +86,10 @@ class TextTransformer(nn.Module):
             return x_BTD.squeeze(1)
         weights_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
         return (x_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
+
+    def resized_position(self, position_TD: Tensor) -> Tensor:
+        """The positions of a tower for texts of another length, at the length of this one."""
+        return resized_sequence(position_TD, self.position)
 
     def _read_position(self, ids_BT: Tensor) -> Tensor | None:
         """The position [B] that the pooling reads; None when it reads every token.

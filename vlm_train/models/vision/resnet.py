@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.adapt import resized_grid
 from vlm_train.models.layers import Attention, count_flops
 from vlm_train.models.vision.image import as_image_spec, blank_image
 from vlm_train.types import ImageSpec
@@ -70,34 +71,39 @@ class Bottleneck(nn.Module):
 
 
 class SpatialAttentionPool(nn.Module):
-    """The mean of the feature map asks all its positions (Radford et al. 2021): [B, C, h, w] -> [B, C]."""
+    """The mean of the feature map asks all its positions (Radford et al. 2021): [B, C, h, w] -> [B, D]."""
 
-    def __init__(self, *, side: int, width: int, num_heads: int) -> None:
+    def __init__(self, *, side: int, width: int, num_heads: int, out_dim: int) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.empty(side * side + 1, width))
-        self.attention = Attention(width=width, num_heads=num_heads, depth=1)
+        self.attention = Attention(width=width, num_heads=num_heads, depth=1, out_dim=out_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Positions start normal(0, 1/sqrt(C))."""
         nn.init.normal_(self.position, std=self.position.shape[1] ** -0.5)
 
+    def resized_position(self, position_PD: Tensor) -> Tensor:
+        """The positions of a tower for another image size, at the size of this one; the mean's is first."""
+        return resized_grid(position_PD, self.position, num_front=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, C]."""
+        """[B, C, h, w] -> [B, D]."""
         tokens_BPD = x.flatten(2).transpose(1, 2)
         tokens_BPD = torch.cat([tokens_BPD.mean(dim=1, keepdim=True), tokens_BPD], dim=1) + self.position
         return self.attention(tokens_BPD, query_BQD=tokens_BPD[:, :1]).squeeze(1)
 
 
 class ResNet(nn.Module):
-    """Convolutional image tower: normalised pixels [B, 3, S, S] -> [B, 32 * width].
+    """Convolutional image tower: normalised pixels [B, 3, S, S] -> [B, D], D = `out_dim`.
 
     Args:
         image: an ImageSpec or its keys; `size` must be a multiple of 32.
         layers: bottlenecks per stage, four numbers (ResNet-50: 3, 4, 6, 3).
-        width: channels of the first stage; `out_dim` is 32 times that.
+        width: channels of the first stage; the last has 32 times as many.
         norm: `group` (default) or `batch`, see the head of this file.
         pool: `mean` or `attention`.
+        out_dim: D; 32 * width unless given. Only attention pooling can have another.
 
     Raises:
         ConfigError: sizes or choices that do not fit.
@@ -111,11 +117,13 @@ class ResNet(nn.Module):
         width: int = 64,
         norm: Norm = "group",
         pool: Literal["mean", "attention"] = "mean",
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.image_spec = as_image_spec(image)
+        self.last_width = 8 * width * EXPANSION
+        self.out_dim = self.last_width if out_dim is None else out_dim
         self._check(layers, norm, pool)
-        self.out_dim = 8 * width * EXPANSION
         self.stem = nn.Sequential(
             Conv(3, width // 2, 3, norm=norm, stride=2),
             Conv(width // 2, width // 2, 3, norm=norm),
@@ -131,7 +139,12 @@ class ResNet(nn.Module):
                 self.blocks.append(Bottleneck(in_channels, channels, stride=stride, norm=norm))
                 in_channels = channels * EXPANSION
         self.attention_pool = (
-            SpatialAttentionPool(side=self.image_spec.size // 32, width=self.out_dim, num_heads=self.out_dim // 64)
+            SpatialAttentionPool(
+                side=self.image_spec.size // 32,
+                width=self.last_width,
+                num_heads=self.last_width // 64,
+                out_dim=self.out_dim,
+            )
             if pool == "attention"
             else None
         )
@@ -142,17 +155,19 @@ class ResNet(nn.Module):
             f"norm={norm}": norm not in ("group", "batch"),
             f"pool={pool}": pool not in ("mean", "attention"),
             f"image.size={self.image_spec.size}": self.image_spec.size % 32 != 0,
+            f"out_dim={self.out_dim}": pool == "mean" and self.out_dim != self.last_width,
         }
         if any(problems.values()):
             raise ConfigError(
                 "a ResNet cannot be built from these values",
                 got=", ".join(name for name, is_wrong in problems.items() if is_wrong),
-                allowed="four layers, norm group or batch, pool mean or attention, image.size a multiple of 32",
+                allowed="four layers, norm group or batch, pool mean or attention, image.size a multiple of 32; "
+                "another out_dim than 32 * width with pool attention only",
                 remedy="correct model.vision",
             )
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
-        """[B, 3, S, S] normalised -> [B, 32 * width], not L2-normalised."""
+        """[B, 3, S, S] normalised -> [B, D], not L2-normalised."""
         x = self.stem(pixels_B3SS.to(next(self.parameters()).dtype))
         for block in self.blocks:
             x = block(x)

@@ -2,8 +2,9 @@
 
 1. Cut the image into patches and project each (one convolution whose stride is its kernel).
 2. Put a class token in front where the pooling reads one; add learned positions; normalise first where CLIP does.
-3. Run the blocks; a class-token tower computes only that token in the last one (see `layers`).
-4. Normalise and pool: `cls` the class token, `mean` the average patch, `map` a learned query.
+3. Take out the patches that the caller leaves out, if any (see `patches`).
+4. Run the blocks; a class-token tower computes only that token in the last one (see `layers`).
+5. Normalise and pool: `cls` the class token, `mean` the average patch, `map` a learned query.
 
 Sources: Dosovitskiy et al. 2021; Radford et al. 2021 (cls, pre_norm); Zhai et al. 2023 (map).
 """
@@ -14,9 +15,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.adapt import resized_grid
 from vlm_train.models.layers import Activation, AttentionPool, blocks_flops, make_blocks, run_blocks
 from vlm_train.models.vision.image import as_image_spec
 from vlm_train.types import ImageSpec
@@ -116,8 +119,8 @@ class VisionTransformer(nn.Module):
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=std)
 
-    def forward(self, pixels_B3SS: Tensor) -> Tensor:
-        """[B, 3, S, S] normalised -> [B, D], not L2-normalised."""
+    def forward(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] normalised -> [B, D], not L2-normalised; `kept_BK` int64: the only patches that are read."""
         num_images = pixels_B3SS.shape[0]
         x_BPD = self.patch_embed(pixels_B3SS)
         read_B = None
@@ -125,6 +128,9 @@ class VisionTransformer(nn.Module):
             x_BPD = torch.cat([self.class_token.to(x_BPD.dtype).expand(num_images, 1, -1), x_BPD], dim=1)
             read_B = torch.zeros(num_images, dtype=torch.int64, device=x_BPD.device)
         x_BPD = x_BPD + self.position.to(x_BPD.dtype)
+        if kept_BK is not None:
+            kept_BK = kept_BK if self.class_token is None else F.pad(kept_BK + 1, (1, 0))  # the class token is first
+            x_BPD = x_BPD.gather(1, kept_BK[:, :, None].expand(-1, -1, x_BPD.shape[-1]))
         if self.pre_norm is not None:
             x_BPD = self.pre_norm(x_BPD)
         x_BPD = self.post_norm(run_blocks(self.blocks, x_BPD, read_B=read_B))
@@ -132,9 +138,14 @@ class VisionTransformer(nn.Module):
             return self.attention_pool(x_BPD)
         return x_BPD.mean(dim=1)  # under `cls` one token is left, and its mean is itself
 
-    def forward_flops(self) -> float:
-        """Forward FLOPs of one image, as executed (the last block of a `cls` tower runs one query)."""
-        num_tokens = self.position.shape[0]
+    def resized_position(self, position_PD: Tensor) -> Tensor:
+        """The positions of a tower for another image size or patch size, at the size of this one."""
+        return resized_grid(position_PD, self.position, num_front=int(self.pool == "cls"))
+
+    def forward_flops(self, num_kept: int | None = None) -> float:
+        """Forward FLOPs of one image of which `num_kept` patches are read (default: all), as executed (the last block
+        of a `cls` tower runs one query)."""
+        num_tokens = (self.num_patches if num_kept is None else num_kept) + (self.pool == "cls")
         flops = 2.0 * self.patch_embed.weight.numel() * self.num_patches
         flops += blocks_flops(self.blocks, num_tokens, reads_one=self.pool == "cls")
         return flops + (self.attention_pool.forward_flops(num_tokens) if self.attention_pool is not None else 0.0)

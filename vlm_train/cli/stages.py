@@ -1,0 +1,97 @@
+"""A run in stages: one config, trained as several ordinary runs one after another, in folders below the run's own.
+
+Each stage is the config of the command line with the changes that `stages.NAME` lists, and with the weights of the
+stage before as its `init`; its learning rate and its schedule are its own and begin anew. A word of the command line
+holds in every stage (`trainer.devices=8`) or in one (`stages.NAME.optim.lr=1e-4`); one for all stages of a key that a
+stage changes is refused. Resuming, refusing a changed config and reporting are those of ordinary runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.checks import is_name, said
+from vlm_train.cli.compose import compose_config
+from vlm_train.cli.overrides import is_group, read, split_config_dir
+from vlm_train.cli.trained import STAGE
+from vlm_train.errors import ConfigError
+from vlm_train.schema import flatten
+
+Stages = dict[str, DictConfig]
+"""Folder name -> config, in order."""
+
+
+def compose_stages(config: DictConfig, words: Sequence[str]) -> Stages:
+    """The config of every stage, checked; none where the config has no stages. Raises ConfigError."""
+    changes: Any = OmegaConf.to_container(config.stages)
+    for name, wanted in changes.items():
+        if not is_name(name):
+            raise ConfigError(f"stages.{name} cannot name a folder", got=repr(name),
+                              allowed="letters, digits and signs without / and spaces", remedy="rename it")  # fmt: skip
+        if not isinstance(wanted, Mapping) or {"run", "init", "stages"} & set(wanted):
+            raise ConfigError(f"stages.{name} cannot change this", got=said(wanted),
+                              allowed="a mapping of config keys without run, init and stages",
+                              remedy=f"stages.{name}.trainer.max_steps=1000")  # fmt: skip
+    return {
+        f"{STAGE}{number:02}-{name}": _compose(name, changes[name], words)
+        for number, name in enumerate(changes, start=1)
+    }
+
+
+def _compose(name: str, changes: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    flat = flatten(changes)
+    for key in {str(read(word).key_or_group) for word in split_config_dir(words)[0]} & flat.keys():
+        raise ConfigError(f"{key} is said by stages, so a word for all of them says nothing", got=f"{key}=...",
+                          allowed=f"stages.{name}.{key} of each stage", remedy=f"stages.{name}.{key}=...")  # fmt: skip
+    with told_of(name):
+        stage = compose_config([*words, *map(_word, flat.items())])
+    stage.stages = {}
+    return stage
+
+
+def _word(change: tuple[str, Any]) -> str:
+    key, value = change
+    is_plain = isinstance(value, str) and re.fullmatch(r"[\w./:-]+", value)
+    text = value if is_plain else json.dumps(value)
+    return f"{key}={text}" if is_group(key) else f"++{key}={text}"
+
+
+def check_handover(stages: Stages) -> None:
+    """Builds every stage without memory and refuses weights that the next one cannot take. Raises ConfigError."""
+    from vlm_train import build, origins
+
+    previous: tuple[str, build.Parts] | None = None
+    for name, config in stages.items():
+        with told_of(name):
+            parts = build.skeleton(config)
+            if previous is not None:
+                before, whose = previous[1], f"stage {previous[0]}"
+                origins.check_same_tokenizer(config, before.config)
+                weights = {"model": before.model.state_dict(), "objective": before.objective.state_dict()}
+                origins.start(parts, weights, whose=whose)
+        previous = name, parts
+
+
+@contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """What is refused inside is told of the stage `name`."""
+    try:
+        yield
+    except ConfigError as error:
+        what = f"stage {name}: {error.what}"
+        raise ConfigError(what, got=error.got, allowed=error.allowed, remedy=error.remedy) from error
+
+
+def place(stage: DictConfig, whole: DictConfig, name: str, before: Path | None) -> None:
+    """Says in the config of a stage where it lies and, for all but the first, whose weights it starts from."""
+    from vlm_train.cli.trained import pinned
+
+    stage.run.dir, stage.run.resume = str(Path(whole.run.dir) / name), "auto"
+    stage.init = whole.init if before is None else pinned(str(before))
