@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import GELUTanh
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import nn
 
@@ -58,13 +59,12 @@ def _shape(network: nn.Module) -> dict[str, Any] | None:
     if not isinstance(network, TimmTransformer) or network.attn_pool is None:
         return None
     block: Any = network.blocks[0]
-    activation = getattr(block.mlp.act, "approximate", None)
     plain = nn.Identity
     is_ours = (
         network.cls_token is None
         and getattr(network, "reg_token", None) is None
         and all(isinstance(part, plain) for part in (network.norm_pre, network.fc_norm, block.attn.q_norm, block.ls1))
-        and isinstance(block.mlp.act, nn.GELU)
+        and isinstance(block.mlp.act, nn.GELU | GELUTanh)
     )
     if not is_ours:
         return None
@@ -73,7 +73,7 @@ def _shape(network: nn.Module) -> dict[str, Any] | None:
         "num_layers": len(network.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_dim": block.mlp.fc1.out_features,
-        "activation": {"none": "gelu", "tanh": "gelu_tanh"}.get(str(activation)),
+        "activation": "gelu_tanh" if getattr(block.mlp.act, "approximate", "tanh") == "tanh" else "gelu",
         "norm_eps": block.norm1.eps,
         "patch_size": network.patch_embed.patch_size[0],
         "image_size": network.patch_embed.img_size[0],
