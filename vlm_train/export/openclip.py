@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm_train.errors import ConfigError, nearest
+from vlm_train.errors import CheckpointError, ConfigError, nearest
 from vlm_train.export import openclip_config, openclip_timm
 from vlm_train.export.certificate import Encoded, Trained
 from vlm_train.export.foreign import CLIP_VOCABULARY, Foreign, read_tensors
@@ -65,7 +65,10 @@ class OpenClipModel:
         )
         keywords = {key: value for key, value in config.items() if key != "custom_text"}
         model = (library.CustomTextCLIP if config.get("custom_text") else library.CLIP)(**keywords)
-        library.load_checkpoint(model, str(weights), weights_only=True)
+        try:
+            library.load_checkpoint(model, str(weights), weights_only=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"open_clip cannot load {weights} by its config", got=error) from error
         text = config["text_cfg"]
         length = text.get("context_length", openclip_config.CONTEXT)
         options = text.get("tokenizer_kwargs") or {}
