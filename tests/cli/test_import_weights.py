@@ -20,6 +20,7 @@ from vlm_train.cli.main import main
 from vlm_train.data.tokenizer import BytePairTokenizer
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.export import hf
 from vlm_train.schema import check
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -154,3 +155,11 @@ def test_weights_that_are_not_those_of_the_config_leave_no_run(home: Path, capsy
     (home / "wrong" / "open_clip_config.json").write_text(json.dumps(document))
     assert main(["import", "from=wrong", "out=x"]) == 1
     assert "another shape" in capsys.readouterr().err and not (home / "x").exists()
+
+
+def test_an_import_that_is_another_model_is_refused_and_leaves_no_run(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hf.FROM_TRANSFORMERS, "quick_gelu", "gelu")  # the classic mistake
+    assert main(["import", "from=clip", "out=x"]) == 1
+    assert "not the same model" in capsys.readouterr().err and not (home / "x").exists()
