@@ -119,6 +119,7 @@ def make_sample(
 def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dict[str, Any]:
     """KEY.json of an undamaged scene."""
     contrasts = contrasts_of(rng, view)
+    held_out = {row["false"] for row in contrasts if row["type"] == hold_out}  # two types may give the same text
     questions = questions_of(rng, view)
     return {
         "captions": captions_of(rng, view),
@@ -134,7 +135,7 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dic
         "relations": [{"subject": row[0], "predicate": row[1], "object": row[2]} for row in relations_of(view)],
         "counts": counts_of(view),
         "negations": negations_of(rng, view),
-        "negatives": [row["false"] for row in contrasts if row["type"] != hold_out],
+        "negatives": [row["false"] for row in contrasts if row["false"] not in held_out],
         "contrasts": contrasts,
         "qa": questions,
         "conversations": conversation_of(rng, questions),
