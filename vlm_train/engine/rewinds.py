@@ -63,13 +63,14 @@ def go_back(
     """
     kept = max(spike.step - rewind_steps, 0)
     jumps = jumps_of(taken)
+    first, stop = stream_step(kept, jumps), stream_step(spike.step, jumps) + 1
     row = {
         "step": spike.step + 1,
         "reason": spike.reason,
         "value": spike.value if math.isfinite(spike.value) else str(spike.value),
         "threshold": spike.limit,
         "kept": kept,
-        "skipped": [stream_step(kept, jumps), stream_step(spike.step, jumps) + 1],
+        "skipped": [first, stop],
     }
     if len(taken) >= max_rewinds:
         raise Diverged(
@@ -87,6 +88,6 @@ def go_back(
         run.rewind(checkpoints.step_of(checkpoint) if checkpoint else 0)
         name = checkpoint.name if checkpoint else None
         LOG.warning("step %d is a spike: %s (%s). Back to step %d, and on without batches [%d, %d) of the stream",
-                    row["step"], spike.reason, row["value"], kept, *row["skipped"])  # fmt: skip
+                    row["step"], spike.reason, row["value"], kept, first, stop)  # fmt: skip
     name = collectives.gather_objects(name)[0]
     return row, run.checkpoints / name if name else None
