@@ -97,7 +97,7 @@ def test_a_loss_above_the_threshold_is_taken_back_wherever_checkpoints_lie(
     assert _runs.learned(killed) == _runs.learned(untouched)
     assert told(killed) == told(untouched)
     _runs.call(tmp_path, words(scenes, two, *rules, *DDP))
-    assert _runs.losses(two) == pytest.approx(_runs.losses(untouched), abs=1e-12)  # measured
+    assert _runs.losses(two) == pytest.approx(_runs.losses(untouched), abs=1e-12)  # measured 1.3e-15
     assert [row["skipped"] for row in told(two)] == [row["skipped"] for row in told(untouched)]
     assert command_line.main(words(scenes, twin, "optim.lr=0.03")) == 0
     assert _runs.learned(twin) != _runs.learned(untouched)

@@ -50,7 +50,7 @@ class StableAdamW(torch.optim.AdamW):
         bias = 1 - beta2 ** torch.stack([state["step"] for state in states]).double()
         gradients = sharding.local([p.grad for p in learning if p.grad is not None])
         ratios = list(torch._foreach_div(sharding.local([s["exp_avg_sq"] for s in states]), list(bias.unbind())))
-        torch._foreach_clamp_min_(ratios, eps**2)
+        torch._foreach_clamp_min_(ratios, max(eps**2, torch.finfo(ratios[0].dtype).tiny))  # its inverse is a number
         torch._foreach_reciprocal_(ratios)
         torch._foreach_mul_(ratios, gradients)
         pairs = zip(gradients, ratios, strict=True)
