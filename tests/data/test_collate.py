@@ -249,3 +249,12 @@ def test_contents_tell_equal_images_and_equal_captions():
     assert (caption[0] == caption[2]) and (caption[0] != caption[1])
     assert (torch.stack([image, caption]) >= 0).all()
     assert "contents" not in batch_of(SampleEncoder(**PLAIN), raws)
+
+
+def test_a_draw_is_of_the_sample_at_its_place_in_the_stream_and_of_nothing_else():
+    raws = [raw_of(i) for i in range(3)]
+    draws = batch_of(train_encoder(), raws, seed=1, visit=2)["draws"]
+    assert draws.dtype == torch.int64 and len(set(draws.tolist())) == 3 and (draws >= 0).all()
+    assert torch.equal(batch_of(train_encoder(), raws[::-1], seed=1, visit=2)["draws"], draws.flip(0))
+    for other in ({"seed": 2, "visit": 2}, {"seed": 1, "visit": 3}):
+        assert not (batch_of(train_encoder(), raws, **other)["draws"] == draws).any()
