@@ -1,6 +1,6 @@
 """Proof: the contrastive gradients do not depend on ranks, micro-batches or the way they are computed.
 
-    python scripts/proof/gradients.py [--full] [--json FILE]       # CPU, about a minute
+    python scripts/proof/gradients.py [--full] [--json FILE]       # CPU, about a minute and a half
 
 One global batch of image-text pairs is trained on by 1, 2 and 4 real processes (gloo, fp64) that hold unequal numbers
 of pairs, one padding row each and, at 4, a rank with none, in 1, 2 and 3 micro-batches (cached two-pass: features
