@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,18 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import _runs
 
     return _runs.make_scenes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Reports travel from a process of tests to the one that prints, as UTF-8; names of files need not be that."""
+    report = yield
+    return _as_utf8(report)
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_utf8(key): _as_utf8(item) for key, item in value.items()}
+    return type(value)(_as_utf8(item) for item in value) if type(value) in (list, tuple) else value
