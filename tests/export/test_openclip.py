@@ -271,7 +271,7 @@ def test_a_file_with_a_named_architecture(tmp_path: Path, ending: str) -> None:
     assert torch.equal(foreign.state["visual.proj"], state["visual.proj"].float())
     assert certify(foreign.trained(None).reference(), foreign.load()).features < 1e-6
     assert len(foreign.notes) == 1 and "does not say" in foreign.notes[0]
-    for name, said in ((None, "no architecture="), ("smal", "architecture=small")):
+    for name, said in ((None, "no architecture="), ("smalll", "architecture=small")):
         with pytest.raises(ConfigError) as caught:
             read_model(str(path), name)
         assert said in str(caught.value)
