@@ -19,4 +19,4 @@ if [ $# -eq 0 ]; then
 fi
 say "tests"
 # a file at a time on every core: most of the suite is real runs that start a process or two
-python -m pytest -n "$(nproc)" --dist loadfile --durations=15 "$@"
+python -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -26,19 +26,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.max_steps": (1, _MANY),
     "trainer.global_batch": (1, _MANY),
     "trainer.micro_batch": (1, _MANY),
-    "trainer.devices": (1, 1024),
-    "trainer.num_nodes": (1, 1024),
-    "trainer.num_threads": (1, 1024),
+    **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
     "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),
-    "data.shuffle_window": (0, _MANY),
-    "data.shuffle_buffer": (0, _MANY),
-    "data.cache_gb": (0, 10**9),
-    "data.retry_seconds": (0, 10**9),
+    **dict.fromkeys(("data.shuffle_window", "data.shuffle_buffer"), (0, _MANY)),
+    **dict.fromkeys(("data.cache_gb", "data.retry_seconds"), (0, 10**9)),
     "data.max_error_rate": (0, 1),
-    "data.augment.flip": (0, 1),
-    "data.augment.color_jitter": (0, 1),
-    "data.augment.grayscale": (0, 1),
+    **dict.fromkeys(("data.augment.flip", "data.augment.color_jitter", "data.augment.grayscale"), (0, 1)),
     "spikes.threshold": (0, 10**6),
     "spikes.window": (2, 10_000),
     "spikes.rewind_steps": (0, _MANY),
@@ -81,6 +75,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     _check_augment(config["data"]["augment"])
     _check_shards(config["data"])
     _check_streaming(config["data"])
+    _check_stages(config["stages"])
     for key, value in _leaves(config):
         _require(not isinstance(value, int | float) or abs(value) <= _LARGEST, f"{key} is not finite", got=value,
                  allowed="a finite number", remedy=f"vlm-train configs search {key}")  # fmt: skip
@@ -142,7 +137,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value
 
 
-def is_name(value: object) -> bool:
+def _is_name(value: object) -> bool:
     """Whether a text can name a file or a folder of its own: no way to another one, and no pointer of ours."""
     return isinstance(value, str) and bool(re.fullmatch(r"[^/\s.-][^/\s]{0,199}", value)) and value.isprintable()
 
@@ -154,7 +149,7 @@ def _is_place(value: object) -> bool:
 def _check_words(config: Mapping[str, Any]) -> None:
     for key in _NAMES:
         value = _at(config, key)
-        _require(value is None or (is_name(value) and value != "latest"), f"{key} cannot name a folder",
+        _require(value is None or (_is_name(value) and value != "latest"), f"{key} cannot name a folder",
                  got=repr(value), allowed="letters, digits and signs without / and spaces; not `latest`",
                  remedy=f"{key}=mine")  # fmt: skip
     for key in _PLACES:
@@ -177,7 +172,7 @@ def _check_parts(config: Mapping[str, Any]) -> None:
                  remedy=f"choose one: {group}=...; vlm-train configs list")  # fmt: skip
     for name, node in config["evaluation"]["evaluators"].items():
         key = f"evaluation.evaluators.{name}"
-        _require(is_name(name), f"{key}: the name cannot be that of a file", got=repr(name), allowed="letters, digits",
+        _require(_is_name(name), f"{key}: the name cannot be that of a file", got=repr(name), allowed="letters, digits",
                  remedy="rename it")  # fmt: skip
         _require(isinstance(node, Mapping) and "_target_" in node, f"{key} is no evaluator", got=node,
                  allowed=f"a mapping with {key}._target_", remedy="evaluation=suite")  # fmt: skip
@@ -295,3 +290,11 @@ def _check_streaming(data: Mapping[str, Any]) -> None:
     _require(data["epoch_end"] == "wrap", "a stream cannot tell where its epoch ends before it does",
              got=f"data.streaming=true data.epoch_end={data['epoch_end']}", allowed="data.epoch_end=wrap",
              remedy="data.epoch_end=wrap")  # fmt: skip
+
+
+def _check_stages(stages: Mapping[str, Any]) -> None:
+    for name, changes in stages.items():
+        is_one = _is_name(name) and isinstance(changes, Mapping) and set(changes).isdisjoint(("run", "init", "stages"))
+        _require(is_one, f"stages.{name} is no stage", got=said(changes),
+                 allowed="the name of a folder, and a mapping of config keys without run, init and stages",
+                 remedy="stages.tuned.trainer.max_steps=1000")  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train.checks import is_name, said
 from vlm_train.cli.compose import compose_config
 from vlm_train.cli.overrides import is_group, read, split_config_dir
 from vlm_train.cli.trained import STAGE
@@ -31,14 +30,6 @@ Stages = dict[str, DictConfig]
 def compose_stages(config: DictConfig, words: Sequence[str]) -> Stages:
     """The config of every stage, checked; none where the config has no stages. Raises ConfigError."""
     changes: Any = OmegaConf.to_container(config.stages)
-    for name, wanted in changes.items():
-        if not is_name(name):
-            raise ConfigError(f"stages.{name} cannot name a folder", got=repr(name),
-                              allowed="letters, digits and signs without / and spaces", remedy="rename it")  # fmt: skip
-        if not isinstance(wanted, Mapping) or {"run", "init", "stages"} & set(wanted):
-            raise ConfigError(f"stages.{name} cannot change this", got=said(wanted),
-                              allowed="a mapping of config keys without run, init and stages",
-                              remedy=f"stages.{name}.trainer.max_steps=1000")  # fmt: skip
     return {
         f"{STAGE}{number:02}-{name}": _compose(name, changes[name], words)
         for number, name in enumerate(changes, start=1)
