@@ -355,7 +355,8 @@ def test_the_interpreter_ends_quietly(nginx, way):
 def test_ctrl_c_is_heard_while_a_server_stalls():
     with Odd(CONTENT, lambda handler, number: stall(handler, 60)) as server:
         command = [sys.executable, "-c", EXIT, f"{server.url}/000.tar", "plain"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background ignores it
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         while not server.paths:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
