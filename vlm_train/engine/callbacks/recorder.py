@@ -78,7 +78,8 @@ class Recorder(lightning.Callback):
 
     def _utilisation(self, flops: float, trainer: lightning.Trainer, device: torch.device) -> float | None:
         if self._peak and flops > self._peak:  # it was measured while others used the cores
-            self._peak = max(self._peak, self._measured_peak(trainer, device) or 0.0)
+            # not below what was just reached, so that it is measured again after a new record only
+            self._peak = max(flops, self._measured_peak(trainer, device) or 0.0)
         return round(flops / self._peak, 5) if self._peak else None
 
     @staticmethod
