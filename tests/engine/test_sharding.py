@@ -43,11 +43,11 @@ def on_a_rank() -> dict[str, object]:
         model = built(sharding.is_built_by(collectives.rank(), "fsdp2"))
         was_meta = all(parameter.is_meta for parameter in model.parameters())
         nothing = mock.patch.object(sharding, "set_model_state_dict", lambda *args, **kwargs: None)
-        if kind == "wrong":  # the twin: slices that nobody filled
+        if kind == "wrong":  # the twin: slices that nobody filled; zeros in place of whatever lay in the memory
             with nothing:
                 sharding.shard(model, mesh)
-                for parameter in model.parameters():
-                    parameter.data.mul_(0)
+                for parameter in model.parameters() if was_meta else ():
+                    parameter.data.zero_()
         else:
             sharding.shard(model, mesh)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_train.data.tokenizer import BytePairTokenizer
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export import openclip
-from vlm_train.export.certificate import TOLERANCE, Prepare, Trained, certify
+from vlm_train.export.certificate import TOLERANCE, Trained, certify
 from vlm_train.export.folders import ExportReport, export_model, read_model
 from vlm_train.export.openclip_config import node_of
 from vlm_train.export.towers import model_from
@@ -294,29 +294,3 @@ def test_a_pickle_that_needs_more_than_tensors_is_refused(tmp_path: Path, capsys
     with pytest.raises(ConfigError, match="cannot be read as weights alone"):
         read_model(str(path), "ViT-B-32")
     assert "never run" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"mean": [0.5, 0.4578275, 0.40821073]}, {"std": [0.3, 0.3, 0.3]}, {"resize_mode": "squash"}],
-    ids=["mean", "std", "resize"],
-)
-def test_other_preprocessing_is_noticed(
-    clip: DualEncoder,
-    clip_tokenizer: BytePairTokenizer,
-    out: Path,
-    prepare: Callable[[ImageSpec], Prepare],
-    change: dict[str, Any],
-) -> None:
-    trained = Trained(model=clip, tokenizer=clip_tokenizer, logit_scale=SCALE)
-    own = prepare(clip.image_spec)
-    report = export_model(trained, target="open_clip", out=out, prepare=own)
-    assert report.certificate is not None and report.certificate.pixels is not None
-    assert report.certificate.pixels < 1.5  # of 255; measured 1.0
-    path = out / "open_clip_config.json"
-    document = json.loads(path.read_text())
-    document["preprocess_cfg"].update(change)
-    path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="not the same model") as caught:
-        certify(trained.reference(), openclip.OpenClipModel.from_folder(out), prepare=own)
-    assert float(str(caught.value.got).split()[-1]) > 4  # measured 4.7, 15 and 116
