@@ -77,6 +77,7 @@ def message(*words: str) -> str:
         ("data=5", ["no such choice in the group 'data'", "openmoji"]),
         ("data=${nope}", ["no such choice in the group 'data'"]),
         ("run.id=${nope}", ["run.id cannot be resolved", "nope"]),
+        ("checkpoint=${seed}", ["checkpoint cannot be resolved"]),
         ("seed=${seed}", ["seed cannot be resolved"]),
         ("data.train.shards=[a,${nope}]", ["data.train.shards.1 cannot be resolved"]),
         ("trainer.max_steps=???", ["trainer.max_steps", "no value"]),

@@ -6,6 +6,7 @@ defines it.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -73,6 +74,8 @@ def _unresolved(node: Any, where: str = "") -> str | None:
         key = f"{where}.{name}" if where else str(name)
         try:
             value = None if OmegaConf.is_missing(node, name) else node[name]
+            if OmegaConf.is_interpolation(node, name):
+                copy.deepcopy(node)[name] = value  # refused where it is of another type than the key's
         except (OmegaConfBaseException, RecursionError):
             return key
         is_own = OmegaConf.is_config(value) and not OmegaConf.is_interpolation(node, name)
