@@ -38,7 +38,7 @@ from vlm_train.errors import CheckpointError, ConfigError, VlmError
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
 from vlm_train.schema import plain, read_config
-from vlm_train.types import ImageSpec, Jumps, TextSpec, Tokenizer
+from vlm_train.types import ImageSpec, Jumps, ModalitySpec, TextSpec, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,12 @@ class Parts:
     tokenizer: Tokenizer
     model: nn.Module
     objective: Objective
+
+    @property
+    def modalities(self) -> tuple[ModalitySpec, ...]:
+        """What the model's towers read beside images and texts."""
+        modalities: Any = self.model.modalities
+        return tuple(modalities)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -117,6 +123,7 @@ def encoder(parts: Parts, *, train: bool) -> SampleEncoder:
         colours_later=train and on_gpu,
         hard_captions=config.data.hard_captions if train else 0,
         contents=train and "contents" in parts.objective.reads,
+        modalities=parts.modalities,
     )
 
 

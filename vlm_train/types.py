@@ -82,6 +82,8 @@ class BatchRows(TypedDict, total=False):
     hard_text_mask: Tensor  # [B, H, T] bool, True on real tokens
     hard_counts: Tensor  # [B, H] bool, False where a sample has fewer than H
     contents: Tensor  # [B, 2] int64: hashes of the image and of the caption
+    regions: Tensor  # [B, N, F] int64: boxes and names of what stands in the picture, see data/modalities/regions.py
+    there: Tensor  # [B, len(MODALITIES)] bool: which of these the sample has
     draws: Tensor  # [B] int64: a random number of the sample at its place in the stream, for randomness in the model
     captions: list[str]  # the caption that text_ids encodes
     all_captions: list[list[str]]  # every caption of the sample (evaluation only)
@@ -97,6 +99,24 @@ class Batch(BatchRows, total=False):
     place: dict[str, Any]  # where a stream of tars stood when the step began: epoch, epoch_start
     step: int  # global step this batch belongs to (0-based)
     errors: list[dict[str, Any]]  # samples that could not be read: {shard, key, row, reason}
+
+
+MODALITIES = ("regions",)
+"""What a sample may have beside its image and its text: each a field of the batch, read in `data/modalities/`."""
+
+NUM_REGION_BUCKETS = 4096
+"""Into how many buckets the names of regions fall; 0 is no name."""
+
+NUM_REGION_NAMES = 4
+"""Names of one region: its class, and attributes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModalitySpec:
+    """What a tower wants of a modality: `name`, one of `MODALITIES`, and the `shape` of one sample."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 Outputs = dict[str, "Tensor"]
@@ -157,6 +177,7 @@ class Model(Protocol):
     forward_methods: tuple[str, ...]  # e.g. ("encode_image", "encode_text")
     image_spec: ImageSpec
     text_spec: TextSpec
+    modalities: tuple[ModalitySpec, ...]  # what its towers read beside images and texts
 
     def __call__(self, batch: Batch) -> Outputs:
         """Runs every tower that the batch has fields for."""

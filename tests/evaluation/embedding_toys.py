@@ -31,8 +31,8 @@ class ToyEmbedder:
     def __init__(self, noise: float = 1.0) -> None:
         self.noise = noise
 
-    def images(self, images: Tensor) -> Tensor:
-        names = [f"item {int(pixel)}" for pixel in images[:, 0, 0, 0]]
+    def images(self, batch: Batch) -> Tensor:
+        names = [f"item {int(pixel)}" for pixel in batch["images"][:, 0, 0, 0]]
         return torch.stack([F.normalize(vector(name) + self.noise * vector("noise " + name), dim=0) for name in names])
 
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.base import Embedder
-from vlm_train.types import TextSpec
+from vlm_train.types import Batch, TextSpec
 
 
 class Words:
@@ -53,7 +53,8 @@ def test_features_are_unit_fp32_without_graph_and_the_mode_is_restored(autocast:
     model = Tiny().train()
     images = torch.randint(0, 255, (4, 3, 2, 2), dtype=torch.uint8)
     side = embedder(model, autocast=autocast)
-    first, second = side.images(images), side.images(images)
+    batch = Batch(images=images)
+    first, second = side.images(batch), side.images(batch)
     assert torch.equal(first, second)  # dropout is off
     assert model.training
     assert first.dtype == torch.float32 and not first.requires_grad

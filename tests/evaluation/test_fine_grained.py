@@ -21,7 +21,7 @@ def run(**options) -> dict:
 
 
 def predicted() -> dict[int, list[int]]:
-    images = ToyEmbedder().images(next(batches(ITEMS, 12))["images"])
+    images = ToyEmbedder().images(next(batches(ITEMS, 12)))
     order = (images @ torch.stack([vector(name) for name in NAMES]).T).argmax(1).tolist()
     found: dict[int, list[int]] = {}
     for answer, label in zip(order, LABELS, strict=True):
@@ -71,8 +71,8 @@ def test_a_hierarchy_gives_siblings_and_a_coarse_score() -> None:
 
 def test_a_model_that_knows_nothing_is_at_chance_in_every_score() -> None:
     class Constant(ToyEmbedder):
-        def images(self, images):
-            return vector("one").expand(len(images), -1)
+        def images(self, batch):
+            return vector("one").expand(len(batch["images"]), -1)
 
         def texts(self, texts):
             return vector("one").expand(len(texts), -1)

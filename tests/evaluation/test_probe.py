@@ -26,8 +26,8 @@ class Angles:
     def __init__(self, noise: float) -> None:
         self.noise = noise
 
-    def images(self, images: Tensor) -> Tensor:
-        numbers = images[:, 0, 0, 0].long()
+    def images(self, batch: Batch) -> Tensor:
+        numbers = batch["images"][:, 0, 0, 0].long()
         noise = torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(int(n))) for n in numbers])
         return F.normalize(F.one_hot(numbers % NUM_CLASSES, 8) + self.noise * noise, dim=1)
 
@@ -70,8 +70,8 @@ def test_what_is_in_the_features_is_found_and_the_controls_are_at_chance() -> No
 
 def test_features_without_content_give_chance_whatever_the_classifier() -> None:
     class Constant(Angles):
-        def images(self, images: Tensor) -> Tensor:
-            return F.normalize(torch.ones(len(images), 8), dim=1)
+        def images(self, batch: Batch) -> Tensor:
+            return F.normalize(torch.ones(len(batch["images"]), 8), dim=1)
 
     found = Probe(ks=(1, 5), shots=(2,))
     found.fit(Constant(0), Train([n % NUM_CLASSES for n in range(100)]))

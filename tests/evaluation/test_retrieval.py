@@ -18,7 +18,7 @@ from vlm_train.evaluation.retrieval import Retrieval
 def brute_force(all_captions: list[list[str]], k: int) -> tuple[float, float]:
     """Recall in percent, both ways, by sorting; ties by their expectation."""
     embedder = ToyEmbedder()
-    images = on_grid(embedder.images(next(batches(all_captions, len(all_captions)))["images"]), "images")
+    images = on_grid(embedder.images(next(batches(all_captions, len(all_captions)))), "images")
     texts = [text for captions in all_captions for text in captions]
     owners = [item for item, captions in enumerate(all_captions) for _ in captions]
     scores = (images @ on_grid(embedder.texts(texts), "texts").T).tolist()
@@ -91,8 +91,8 @@ def test_equal_captions_tie_even_when_their_features_differ_by_rounding() -> Non
 
 def test_features_that_are_not_finite_are_an_error() -> None:
     class Broken(ToyEmbedder):
-        def images(self, images):
-            return super().images(images) * torch.nan
+        def images(self, batch):
+            return super().images(batch) * torch.nan
 
     with pytest.raises(VlmError, match="Image features cannot be ranked"):
         Retrieval().run(Broken(), batches(CAPTIONS, 4))

@@ -13,13 +13,14 @@ from torch import Tensor
 from vlm_train.errors import DataError, VlmError
 from vlm_train.evaluation import search as module
 from vlm_train.evaluation.search import Index, index_pictures, search
+from vlm_train.types import Batch
 
 
 class FirstPixels:
     """The feature of an image is its first three bytes, scaled to length 1."""
 
-    def images(self, images: Tensor) -> Tensor:
-        return F.normalize(images[:, :, 0, 0].float(), dim=1)
+    def images(self, batch: Batch) -> Tensor:
+        return F.normalize(batch["images"][:, :, 0, 0].float(), dim=1)
 
     def texts(self, texts) -> Tensor:
         raise NotImplementedError

@@ -19,7 +19,7 @@ ITEMS = [["unused"]] * len(LABELS)
 
 def test_scores_and_controls_against_brute_force() -> None:
     result = ZeroShot(classes=NAMES, templates="plain").run(ToyEmbedder(), batches(ITEMS, 3, LABELS))
-    images = ToyEmbedder().images(next(batches(ITEMS, 12))["images"])
+    images = ToyEmbedder().images(next(batches(ITEMS, 12)))
     order = (images @ torch.stack([vector(name) for name in NAMES]).T).argsort(1, descending=True)
     used = [index for index, label in enumerate(LABELS) if label >= 0]
     top1 = [int(order[index, 0]) == LABELS[index] for index in used]

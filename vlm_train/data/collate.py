@@ -20,9 +20,10 @@ from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
-from vlm_train.data.transforms import Transform, keyed_draw, keyed_generator, render
+from vlm_train.data.modalities import reading
+from vlm_train.data.transforms import Plan, Transform, keyed_draw, keyed_generator, render
 from vlm_train.imaging import recolour
-from vlm_train.types import Batch, RawSample, Tokenizer
+from vlm_train.types import MODALITIES, Batch, ModalitySpec, RawSample, Tokenizer
 
 _TEXT_MULTIPLE = 8
 
@@ -38,6 +39,7 @@ class SampleEncoder:
         hard_captions: how many captions that are almost right a sample brings, drawn from `negatives` of KEY.json;
             batches get the `hard_` fields.
         contents: batches get `contents`, by which equal images and equal captions are known.
+        modalities: what a sample brings beside image and text; batches get a field for each, and `there`.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class SampleEncoder:
         colours_later: bool = False,
         hard_captions: int = 0,
         contents: bool = False,
+        modalities: Sequence[ModalitySpec] = (),
     ) -> None:
         self.transform, self.tokenizer, self.colours_later = transform, tokenizer, colours_later
-        self.hard_captions, self.contents = hard_captions, contents
+        self.hard_captions, self.contents, self.modalities = hard_captions, contents, tuple(modalities)
 
     def draft(self, num_rows: int) -> Draft:
         """Room for a batch of `num_rows` samples, all rows blank."""
@@ -85,6 +88,8 @@ class Draft:
         self._hard: list[list[str]] = [[] for _ in range(num_rows)]
         self._contents = torch.zeros(num_rows, 2, dtype=torch.int64)
         self._draws = torch.zeros(num_rows, dtype=torch.int64)
+        self._modalities = {spec.name: reading.room(spec, num_rows) for spec in encoder.modalities}
+        self._there = torch.zeros(num_rows, len(MODALITIES), dtype=torch.bool)
         self._blank = set(range(num_rows))
 
     def put(self, row: int, raw: RawSample, *, seed: int = 0, visit: int | None = None) -> None:
@@ -102,7 +107,8 @@ class Draft:
         if visit is not None and len(captions) > 1:
             chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
         hard = self._hard_captions(raw, metadata, seed, visit or 0)
-        self._render(row, raw, seed, visit or 0)
+        plan = self._render(row, raw, seed, visit or 0)
+        self._put_modalities(row, raw, metadata, plan)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
         self._hard[row] = hard
@@ -124,7 +130,13 @@ class Draft:
         places = np.argsort([uniforms.random() for _ in texts], kind="stable")
         return [texts[place] for place in places[:num]]
 
-    def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> None:
+    def _put_modalities(self, row: int, raw: RawSample, metadata: dict[str, Any], plan: Plan) -> None:
+        values = {spec.name: reading.read(spec, raw.parts, metadata, plan) for spec in self._encoder.modalities}
+        for name, value in values.items():
+            self._there[row, MODALITIES.index(name)] = value is not None
+            self._modalities[name][row] = 0 if value is None else torch.from_numpy(value)
+
+    def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> Plan:
         image = decode.open_image(decode.first_image(raw.parts))
         uniforms = keyed_generator(seed, visit, raw.uid, "image")
         plan = self._encoder.transform.plan(image.width, image.height, uniforms)
@@ -132,12 +144,13 @@ class Draft:
         pixels = image.decode(min_width=min_width, min_height=min_height, fast=not plan.exact)
         render(pixels, plan, self._pixels[row])
         if plan.colours is None:
-            return
+            return plan
         self._factors[row] = torch.tensor(plan.colours)
         if not self._encoder.colours_later:
             mine = slice(row, row + 1)
             view = self._images[mine].permute(0, 3, 1, 2)
             view.copy_(recolour(view, self._factors[mine]))
+        return plan
 
     def batch(self, *, weights: Sequence[float], evaluation: bool = False) -> Batch:
         """The batch. Shapes as in `types.Batch`; `evaluation` adds `all_captions` and `metadata`."""
@@ -157,6 +170,8 @@ class Draft:
             keys=self._keys,
         )
         batch.update(hard)
+        if self._modalities:
+            batch.update(Batch(**self._modalities, there=self._there))  # type: ignore[typeddict-item]
         if self._encoder.contents:
             batch["contents"] = self._contents
         if self._encoder.transform.recolours and self._encoder.colours_later:

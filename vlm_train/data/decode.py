@@ -47,8 +47,8 @@ class SampleError(DataError):
     @property
     def reason(self) -> str:
         """One of no_image, no_caption, image_unknown, image_truncated, image_corrupt, image_too_large, caption_utf8,
-        metadata_json, metadata_captions, sample_too_large, shard_changed, bad_pointer; in a conversion also
-        several_images, part_not_text, part_not_writable."""
+        metadata_json, metadata_captions, metadata_regions, sample_too_large, shard_changed, bad_pointer; in a
+        conversion also several_images, part_not_text, part_not_writable."""
         return self.what
 
     @property

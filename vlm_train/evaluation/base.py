@@ -29,8 +29,9 @@ _TEXTS_PER_FORWARD = 256
 class Embed(Protocol):
     """Images and texts to unit vectors of one space. Both methods are collective."""
 
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> fp32 [B, D], L2-normalised."""
+    def images(self, batch: Batch) -> Tensor:
+        """The pictures of a batch (uint8 `images` [B, 3, S, S], or the modality that the model reads in their place) ->
+        fp32 [B, D], L2-normalised."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """N strings -> fp32 [N, D], L2-normalised. N may differ between ranks and may be 0."""
@@ -81,9 +82,22 @@ class Embedder:
             )
         self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
 
-    def images(self, images: Tensor) -> Tensor:
-        """See `Embed.images`."""
+    def images(self, batch: Batch) -> Tensor:
+        """See `Embed.images`.
+
+        Raises:
+            ConfigError: pictures alone, of a model that reads something else of them.
+        """
+        field = getattr(self.model, "image_field", "images")
+        if field not in batch:
+            raise ConfigError(
+                f"{type(self.model).__name__} reads {field} in place of pictures, and these have none",
+                got=", ".join(batch),
+                allowed=f"shards whose samples have {field}",
+                remedy="take a model that reads pictures",
+            )
         with self._inference():
+            images: Tensor = batch[field]  # type: ignore[literal-required]
             return _unit(self.model.encode_image(images.to(self.device, non_blocking=True)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -141,7 +155,7 @@ def embed_labelled(embedder: Embed, batches: Iterator[Batch], *, split: str) -> 
     for batch in batches:
         keep = counted(batch)
         label_B = batch["labels"].cpu() if "labels" in batch else torch.full((len(keep),), -1)
-        features = embedder.images(batch["images"])
+        features = embedder.images(batch)
         labelled = keep & (label_B >= 0)
         images.append(features[labelled.to(features.device)])
         labels.append(label_B[labelled].to(features.device))

@@ -131,7 +131,7 @@ def pairs_of(metadata: dict[str, Any], captions: list[str]) -> list[Pair]:
 def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:
     share, num_images = _Share(), 0
     for batch in batches:
-        features = embedder.images(batch["images"])
+        features = embedder.images(batch)
         chosen: list[int] = []
         pairs: list[Pair] = []
         for row in counted(batch).nonzero().flatten().tolist():

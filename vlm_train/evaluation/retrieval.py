@@ -125,7 +125,7 @@ def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:
         rows = keep.nonzero().flatten().tolist()
         captions = batch["all_captions"] if "all_captions" in batch else [[text] for text in batch["captions"]]
         first = len(keys)
-        images_BD = embedder.images(batch["images"])
+        images_BD = embedder.images(batch)
         images_ID.append(images_BD[keep.to(images_BD.device)])
         keys += [batch["keys"][row] if "keys" in batch else f"image {first + i}" for i, row in enumerate(rows)]
         item_N += [first + i for i, row in enumerate(rows) for _ in captions[row]]

@@ -22,6 +22,7 @@ from torch import Tensor
 from vlm_train.errors import DataError
 from vlm_train.evaluation.base import Embed
 from vlm_train.evaluation.metrics import on_grid
+from vlm_train.types import Batch
 
 _BATCH_SIZE = 64
 _BATCHES_AHEAD = 3
@@ -67,7 +68,7 @@ def index_pictures(embed: Embed, load: Load, num_pictures: int, progress: Callab
         unusable += [(number, reason) for number, reason in batch if isinstance(reason, str)]
         if good:
             images_BSS3 = torch.from_numpy(np.stack([pixels for _, pixels in good]))
-            features.append(embed.images(images_BSS3.permute(0, 3, 1, 2).contiguous()).float().cpu())
+            features.append(embed.images(Batch(images=images_BSS3.permute(0, 3, 1, 2).contiguous())).float().cpu())
             pictures += [number for number, _ in good]
         progress(len(pictures) + len(unusable), num_pictures)
     if not features:

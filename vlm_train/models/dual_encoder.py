@@ -11,7 +11,7 @@ Temperature and bias belong to the loss and live in the objective.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,14 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.layers import Linear, linear_flops
 from vlm_train.models.patches import kept_patches, num_kept
 from vlm_train.models.vision.image import Normalize
-from vlm_train.types import Batch, ImageSpec, Outputs, TextSpec
+from vlm_train.types import Batch, ImageSpec, ModalitySpec, Outputs, TextSpec
 
 
 class VisionTower(Protocol):
-    """What a vision tower must offer: normalised pixels [B, 3, S, S] -> [B, out_dim]."""
+    """What a vision tower must offer: normalised pixels [B, 3, S, S] -> [B, out_dim].
+
+    One that reads a modality in place of pixels says which in `reads`, a ModalitySpec.
+    """
 
     image_spec: ImageSpec
     out_dim: int
@@ -107,6 +110,9 @@ class DualEncoder(nn.Module):
                 remedy="set model.patch_dropout=0",
             )
         self.embed_dim, self.patch_dropout = embed_dim, patch_dropout
+        reads: ModalitySpec | None = getattr(vision, "reads", None)
+        self.modalities: tuple[ModalitySpec, ...] = () if reads is None else (reads,)
+        self.image_field = "images" if reads is None else reads.name
         self.image_spec, self.text_spec = vision.image_spec, text.text_spec
         self.normalize = Normalize(self.image_spec)
         self.vision, self.text = vision, text
@@ -118,16 +124,18 @@ class DualEncoder(nn.Module):
         self.text_projection = Linear(text.out_dim, embed_dim, bias=text_bias, std=text.out_dim**-0.5)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Reads `images`, `text_ids`, `text_mask`; returns `image_features` and `text_features`, both [B, E].
+        """Reads `images` (or `regions`: `image_field`), `text_ids`, `text_mask`; returns `image_features` and
+        `text_features`, both [B, E].
 
         In training with `patch_dropout` also `draws`, which decide which patches are read.
         """
+        fields: Any = batch
         kept_BK = None
         if self._leaves_out:
             tower = cast(PatchTower, self.vision)
             kept_BK = kept_patches(batch["draws"], num_patches=tower.num_patches, num_kept=self._num_kept(tower))
         return {
-            "image_features": self.encode_image(batch["images"], kept_BK),
+            "image_features": self.encode_image(fields[self.image_field], kept_BK),
             "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
         }
 
@@ -139,18 +147,20 @@ class DualEncoder(nn.Module):
         return num_kept(tower.num_patches, self.patch_dropout)
 
     def encode_image(self, images_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
-        """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E]; `kept_BK`: see `PatchTower`.
+        """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E]; `kept_BK`: see `PatchTower`. A tower
+        that reads another modality in place of pixels gets that.
 
         Raises:
-            ConfigError: images that are not 3 x S x S with the tower's S.
+            ConfigError: a batch of another shape than the tower reads.
         """
         size = self.image_spec.size
-        if images_B3SS.shape[1:] != (3, size, size):
+        shape = self.modalities[0].shape if self.image_field != "images" else (3, size, size)
+        if images_B3SS.shape[1:] != shape:
             raise ConfigError(
-                "a batch of images does not have the shape that the vision tower reads",
+                f"a batch of {self.image_field} does not have the shape that the vision tower reads",
                 got=tuple(images_B3SS.shape),
-                allowed=("B", 3, size, size),
-                remedy="build the data with the model's own image_spec",
+                allowed=("B", *shape),
+                remedy="build the data with the model's own image_spec and modalities",
             )
         pixels = self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
         features = self.vision(pixels) if kept_BK is None else cast(PatchTower, self.vision)(pixels, kept_BK)
