@@ -98,6 +98,25 @@ def test_evaluate_measures_what_training_measured(trained: Trained, capsys: pyte
     assert re.search(rf"text to image R@1 +{score:.2f} +{chance:.2f} +\d", printed)
 
 
+def test_ranks_share_the_measuring_and_change_nothing(trained: Trained, capfd: pytest.CaptureFixture[str]) -> None:
+    before = records(trained.run)
+    assert main(["evaluate", f"run={trained.run}", "device=cpu", "devices=2"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("text to image R@1 ") == 1  # one rank tells it
+    assert records(trained.run)["evals/retrieval.json"] == before["evals/retrieval.json"]
+    share = trained.folder / "share.json"  # the twin: half of the samples is not the whole
+    words = [f"data.val.shards={trained.data / 'train'}", "device=cpu", "devices=2", f"out={share}"]
+    assert main(["evaluate", f"run={trained.run}", *words]) == 0
+    result = json.loads(share.read_text())["results"]["retrieval"]
+    assert result["num_images"] > json.loads(before["evals/retrieval.json"])["num_images"]
+
+
+def test_a_rank_that_fails_ends_the_others(trained: Trained, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["device=cpu", "devices=2", "+evaluation.evaluators.retrieval.ks=[0]"]
+    assert main(["evaluate", f"run={trained.run}", *words]) == 2
+    assert "[rank 0]" in capfd.readouterr().err
+
+
 def test_another_evaluation_leaves_the_records_alone(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     before = records(trained.run)
     first = sorted((trained.run / "checkpoints").glob("step-*"))[0]

@@ -6,31 +6,24 @@ overridden) writes there. Anything else is an experiment of its own: it is print
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.arguments import parse
-from vlm_train.cli.options import out_file
+from vlm_train.cli.measure import Job, start
+from vlm_train.cli.options import count, out_file
 from vlm_train.cli.paths import conf_dir, groups
-from vlm_train.cli.tables import describe
 from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
 from vlm_train.errors import ConfigError, nearest
-from vlm_train.locations import in_texts, scrubbed
-from vlm_train.log import get_logger
 
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-    from vlm_train.engine.evaluation import EvaluationSuite
     from vlm_train.engine.rundir import RunDirectory
 
-LOG = get_logger(__name__)
-Results = dict[str, dict[str, Any]]
 
-USAGE = """usage: vlm-train evaluate run=RUN [checkpoint=PATH] [out=FILE] [device=NAME] [key=value ...]
+USAGE = """usage: vlm-train evaluate run=RUN [checkpoint=PATH] [out=FILE] [device=NAME] [devices=N] [key=value ...]
 
   vlm-train evaluate run=runs/quickstart/latest                      and bring its records and report up to date
   vlm-train evaluate run=runs/quickstart/latest evaluation=suite data.val.shards=other/val out=other.json
@@ -39,10 +32,11 @@ USAGE = """usage: vlm-train evaluate run=RUN [checkpoint=PATH] [out=FILE] [devic
   checkpoint=PATH    {checkpoint}
   out=FILE           JSON; the run's own records stay as they are
   device=NAME        {device}
+  devices=N          ranks that share the work; never changes the result
   evaluation=CHOICE  {choices}
   evaluation.KEY= data.val.KEY= data.classes=   what else may differ from the run's config.yaml"""
 
-KEYS = {"run": "RUN", "checkpoint": "PATH", "out": "FILE", "device": "NAME"}
+KEYS = {"run": "RUN", "checkpoint": "PATH", "out": "FILE", "device": "NAME", "devices": "N"}
 OVERRIDABLE = ("evaluation", "data.val", "data.classes")
 
 
@@ -59,22 +53,39 @@ def main(words: list[str]) -> int:
     from vlm_train.engine import checkpoints
 
     config = override(run, arguments.overrides)
+    if not config.evaluation.evaluators:
+        raise ConfigError("there is nothing to measure: evaluation=none", remedy="add evaluation=retrieval")
     checkpoint = choose_checkpoint(run, arguments.optional("checkpoint"))
     device = choose_device(arguments.optional("device"))
-    step, newest = checkpoints.step_of(checkpoint.resolve()), checkpoints.committed(run.checkpoints)[-1:]
+    num_ranks = arguments.optional("devices", count(), default=1)
+    _check_ranks(num_ranks, device)
+    newest = checkpoints.committed(run.checkpoints)[-1:]
     is_own = not arguments.overrides and out is None and [checkpoint.resolve()] == [path.resolve() for path in newest]
+    job = Job(
+        run=str(run.path),
+        checkpoint=str(checkpoint),
+        device=str(device),
+        out=None if out is None else str(out),
+        is_own=is_own,
+        overrides=arguments.overrides,
+    )
     with ExitStack() as stack:
         if is_own:
             _hold(run, stack)
-        results, suite = _measure(run, config, checkpoint, device)
-        for name, result in results.items():
-            print("\n".join(["", *describe(name, {**result, "step": step})]))
-        if is_own:
-            _record(run, config, suite, results, step)
-            print(f"\nwritten: {run.evals}\nreport: {run.report}")
-        else:
-            _write(results, out, checkpoint, arguments.overrides)
-    return 0
+        return start(job, config, num_ranks)
+
+
+def _check_ranks(num_ranks: int, device: torch.device) -> None:
+    """Refuses more ranks than GPUs, and several ranks on one."""
+    import torch
+
+    if num_ranks == 1 or device.type == "cpu":
+        return
+    num_gpus = torch.cuda.device_count()
+    if device.index is not None or num_ranks > num_gpus:
+        raise ConfigError("several ranks take a GPU each", got=f"devices={num_ranks} device={device}, {num_gpus} GPUs",
+                          allowed=f"devices from 1 to {num_gpus}, with device=cuda",
+                          remedy=f"devices={num_gpus} device=cuda")  # fmt: skip
 
 
 def override(run: RunDirectory, words: list[str]) -> DictConfig:
@@ -158,48 +169,6 @@ def _not_taken(config: DictConfig, key: str, word: str, error: Exception) -> Con
     close = nearest(key, known)
     return ConfigError(f"no such key: {key}", got=word, allowed=", ".join(close or known),
                        remedy=f"{close[0]}=..." if close else f"+{word} if the evaluator takes it")  # fmt: skip
-
-
-def _measure(
-    run: RunDirectory, config: DictConfig, checkpoint: Path, device: torch.device
-) -> tuple[Results, EvaluationSuite]:
-    from vlm_train import build
-
-    if not config.evaluation.evaluators:
-        raise ConfigError("there is nothing to measure: evaluation=none", remedy="add evaluation=retrieval")
-    parts = build.load(run.path, checkpoint=checkpoint, config=config)
-    suite = build.evaluation_suite(parts, build.Placement(rank=0, world_size=1))
-    LOG.info("evaluating %s on %s", checkpoint, device)
-    return suite.run(parts.model.to(device), device), suite
-
-
-def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, results: Results, step: int) -> None:
-    """Records, pictures and report as training itself would have left them."""
-    from omegaconf import OmegaConf
-
-    from vlm_train.data.gallery import ShardGallery
-    from vlm_train.engine.callbacks.evaluate import record
-    from vlm_train.engine.callbacks.pictures import draw_examples, retrieval_examples
-    from vlm_train.engine.report import write_report
-    from vlm_train.engine.rundir import read_lines, write_atomic
-
-    others = [row for row in read_lines(run.history) if row["step"] != step or row["name"] not in results]
-    write_atomic(run.history, "".join(json.dumps(row) + "\n" for row in others))
-    record(run, step, results)
-    examples = retrieval_examples(suite)
-    if examples is not None:
-        data: Any = OmegaConf.to_container(config.data)
-        draw_examples(run, examples, ShardGallery(shards=data["val"]["shards"]).pixels, step=step)
-    write_report(run)
-
-
-def _write(results: Results, out: Path | None, checkpoint: Path, words: list[str]) -> None:
-    if out is None:
-        print("\nnot written: this is not the run's own evaluation of its newest checkpoint; out=FILE keeps it")
-        return
-    document = {"checkpoint": str(checkpoint), "overrides": in_texts(scrubbed, words), "results": results}
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten: {out}")
 
 
 def _hold(run: RunDirectory, stack: ExitStack) -> None:

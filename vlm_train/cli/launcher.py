@@ -20,14 +20,14 @@ SAVE_SECONDS = 120.0  # how long ranks may take to finish after one of them ende
 FAIL_SECONDS = 5.0
 
 
-def launch(arguments: Sequence[str], num_ranks: int) -> int:
-    """Runs `python -m vlm_train.cli.rank ARGUMENTS` on `num_ranks` ranks. Returns the first exit code that is not 0."""
+def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train.cli.rank") -> int:
+    """Runs `python -m MODULE ARGUMENTS` on `num_ranks` ranks. Returns the first exit code that is not 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), "GROUP_RANK": "0",
               "LOCAL_WORLD_SIZE": str(num_ranks), "VLM_TRAIN_PARENT": str(os.getpid())}  # fmt: skip
-    command = [sys.executable, "-m", "vlm_train.cli.rank", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     # an own session: Ctrl-C reaches the ranks once, through us
     ranks = [
         subprocess.Popen(

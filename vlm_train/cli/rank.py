@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vlm_train.cli.outcome import tell
@@ -15,13 +16,20 @@ from vlm_train.log import global_rank
 PR_SET_PDEATHSIG = 1
 
 
-def main(arguments: list[str]) -> int:
-    """Trains this rank's share; exit codes as in cli.main."""
-    die_with_parent()
+def main(arguments: list[str]) -> None:
+    """Trains this rank's share."""
     from vlm_train import training
 
+    training.train(*_places(arguments))
+
+
+def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Does `work` as one of several ranks; exit codes as in cli.main."""
+    die_with_parent()
     try:
-        training.train(*_places(arguments))
+        work(arguments)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     except Exception as error:
         code = error.exit_code if isinstance(error, VlmError) else 1
         if global_rank() == 0 or code < 128:
@@ -50,4 +58,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_rank(main, sys.argv[1:]))

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_train.errors import VlmError
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """This process among the ranks of the environment (torchrun's variables); `device`: `cpu` or `cuda`."""
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def is_distributed() -> bool:
