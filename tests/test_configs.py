@@ -32,6 +32,7 @@ NEEDS = {
     ("compile", "blocks"): "a minute",
     ("objective", "distill"): "tests/cli/test_distilled_runs.py",
     ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
+    ("experiment", "distill_b32"): "tests/cli/test_distilled_runs.py",
 }
 EXTRA = {
     ("strategy", "ddp"): [],
@@ -43,6 +44,7 @@ EXTRA = {
     ("objective", "sigmoid"): ["model=siglip_tiny"],
     ("objective", "distill"): ["objective.teacher=runs/teacher"],
     ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],
+    ("experiment", "distill_b32"): ["objective.parts.distill.teacher=runs/teacher"],
 }
 TEXT = ["model.text.width=32", "model.text.num_layers=1", "model.text.num_heads=2", "model.tokenizer.vocab_size=300"]
 TOWERS = ["model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2", "model.embed_dim=32", *TEXT]
@@ -54,7 +56,7 @@ RESNET = [
     *TEXT,
 ]
 LARGE = {  # choices of published size, cut down
-    **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16"), TOWERS),
+    **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16", "finetune", "distill_b32"), TOWERS),
     "siglip_b16": [*TOWERS, "objective=sigmoid"],
     "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
     "clip_rn50": RESNET,
