@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm_train.cli import shards
-from vlm_train.cli.options import Action, Option, arguments, choice, count, local, out_folder, plain, share, whole
+from vlm_train.cli.options import (
+    Action,
+    Option,
+    arguments,
+    choice,
+    count,
+    local,
+    out_folder,
+    plain,
+    share,
+    span,
+    whole,
+)
 from vlm_train.cli.progress import Ticker
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
@@ -19,8 +31,9 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data import aro QUESTIONS IMAGES OUT
            ARO's visual_genome_relation.json or visual_genome_attribution.json, for evaluation=composition
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
-                                        [--hold-out attribute|relation|order|count|negation]
-           rendered scenes with complete ground truth; a type of false caption may be held out of training
+                                        [--num-objects 1-5] [--num-shapes 9] [--num-colors 10] [--hold-out TYPE]
+           rendered scenes with complete ground truth; a type of false caption may be held out of training: attribute,
+           replacement, relation, order, count or negation
        vlm-train data index SHARDS ...
            the manifest of shards (made on first use anyway)
        vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--selection DIR] [--json FILE]
@@ -106,6 +119,7 @@ def _make(words: list[str]) -> None:
 def _make_scenes(words: list[str]) -> None:
     from vlm_train.data.scenes.language import CONTRASTS
     from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
+    from vlm_train.data.scenes.world import WHOLE, World
 
     known = {
         "--num-samples": Option(count(_MOST_SCENES), 10_000),
@@ -113,8 +127,12 @@ def _make_scenes(words: list[str]) -> None:
         "--size": Option(whole(SMALLEST_SIDE, _LARGEST_SIDE), 64),
         "--val-fraction": Option(share(zero=True, one=False), 0.1),
         "--hold-out": Option(choice(*CONTRASTS)),
+        "--num-shapes": Option(count(), WHOLE.num_shapes),
+        "--num-colors": Option(count(), WHOLE.num_colors),
+        "--num-objects": Option(span, (WHOLE.fewest, WHOLE.most)),
     }
     (out,), options = arguments(words, {"OUT": out_folder}, known)
+    fewest, most = options["--num-objects"]
     summary = make_scenes(
         out,
         num_samples=options["--num-samples"],
@@ -122,6 +140,7 @@ def _make_scenes(words: list[str]) -> None:
         size=options["--size"],
         val_fraction=options["--val-fraction"],
         hold_out=options["--hold-out"],
+        world=World(num_shapes=options["--num-shapes"], num_colors=options["--num-colors"], fewest=fewest, most=most),
         progress=Ticker("scenes"),
     )
     _tell(summary)

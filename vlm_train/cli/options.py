@@ -50,6 +50,15 @@ def count(high: int = MANY) -> Kind:
     return whole(1, high, what="is no count")
 
 
+def span(name: str, text: str) -> tuple[int, int]:
+    """A whole number, or two with a hyphen between: `2` or `1-4`."""
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
+        raise ConfigError(f"{name} is no range", got=text, allowed="N or N-M, the smaller first", remedy=f"{name} 1-4")
+    return first, last
+
+
 def share(*, zero: bool, one: bool) -> Kind:
     """A number between 0 and 1, with the ends or without."""
     allowed = f"a number {'from' if zero else 'above'} 0 {'up to' if one else 'to below'} 1"

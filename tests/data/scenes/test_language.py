@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scene_reader import NOUN, answer, kind_of, kinds, make, relation_holds, says
 
 from vlm_train.data.scenes.claims import Thing, related
+from vlm_train.data.scenes.language import CONTRASTS
+from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.world import COLORS, SHAPES, World, check_world
+from vlm_train.errors import ConfigError
 
 NUM = 1500
 
@@ -41,8 +46,33 @@ def test_every_negative_is_false_and_its_twin_true(scenes):
             assert says(row["true"], truth) is True, row
             assert says(row["false"], truth) is False, row
             types[row["type"]] += 1
-    assert set(types) == {"attribute", "relation", "order", "count", "negation"}
-    assert min(types.values()) > 0.7 * NUM
+    assert set(types) == {"attribute", "replacement", "relation", "order", "count", "negation"}
+    assert types["attribute"] + types["replacement"] > 0.7 * NUM and types["attribute"] > 0.3 * NUM
+    assert min(types[kind] for kind in ("relation", "order", "count", "negation")) > 0.7 * NUM
+
+
+WORLDS = st.builds(
+    lambda shapes, colors, objects: World(num_shapes=shapes, num_colors=colors, fewest=min(objects), most=max(objects)),
+    st.integers(1, 9), st.integers(1, 10), st.tuples(*[st.integers(1, 6)] * 2),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORLDS, st.integers(0, 10**6))
+def test_a_smaller_world_has_what_it_says_and_nothing_false_is_said_of_it(world, index):
+    if world.num_shapes * world.num_colors < world.most:
+        with pytest.raises(ConfigError, match="no such world"):
+            check_world(world)
+        return
+    check_world(world)
+    truth = json.loads(make_sample(index, seed=0, size=32, corruption={}, world=world)[1]["json"])
+    assert world.fewest <= len(truth["regions"]) <= world.most
+    assert {row["class"] for row in truth["regions"]} <= set(SHAPES[: world.num_shapes])
+    assert {row["attributes"][0] for row in truth["regions"]} <= set(list(COLORS)[: world.num_colors])
+    assert all(says(caption, truth) is True for caption in [*truth["captions"], *truth["negations"]])
+    assert all(says(row["true"], truth) is True and says(row["false"], truth) is False for row in truth["contrasts"])
+    assert all(answer(row["question"], truth) == row["answer"] for row in truth["qa"])
+    assert world.fewest < world.most or "count" not in {row["type"] for row in truth["contrasts"]}
 
 
 def test_the_checker_can_fail(scenes):
@@ -105,7 +135,7 @@ def test_yes_and_no_are_even(scenes):
 
 def test_the_text_alone_does_not_tell_a_true_caption_from_a_false_one(scenes):
     """A blind judge by the frequency of each word among true and among false captions stays at chance."""
-    for kind in ("attribute", "relation", "order", "count", "negation"):
+    for kind in CONTRASTS:
         pairs = [row for _, truth, _ in scenes for row in truth["contrasts"] if row["type"] == kind]
         half = len(pairs) // 2
         score: Counter[str] = Counter()

@@ -24,10 +24,11 @@ from vlm_train.data.scenes.claims import (
     plural,
     related,
 )
-from vlm_train.data.scenes.world import COLORS, COUNT_ODDS, SHAPES
+from vlm_train.data.scenes.world import COLORS, SHAPES, WHOLE, World
 
-CONTRASTS = ("attribute", "relation", "order", "count", "negation")
-"""In which one way a false caption may differ from the true one."""
+CONTRASTS = ("attribute", "replacement", "relation", "order", "count", "negation")
+"""In which one way a false caption may differ from the true one: two things have exchanged their colours; one has a
+colour that is not in the scene; the opposite relation; subject and object exchanged; another number; yes for no."""
 PREFIXES = ("a picture of", "an image of", "a drawing of", "here we see")
 
 
@@ -72,11 +73,12 @@ def pick_relation(rng: random.Random, view: View) -> Relation | None:
     return Relation(view[first], relation, view[second])
 
 
-def negations_of(rng: random.Random, view: View) -> list[str]:
+def negations_of(rng: random.Random, view: View, world: World = WHOLE) -> list[str]:
     """True statements of absence: of a shape, of a colour, and of a colour on a shape though both are there."""
     claims = [
-        Presence((rng.choice(absent(SHAPES, view)),), False),
-        Presence((rng.choice(absent(tuple(COLORS), view)),), False),
+        Presence((rng.choice(found),), False)
+        for words in (world.shapes, world.colors)
+        if (found := absent(words, view))
     ]
     mixed = [
         Presence((first.color, second.shape), False)
@@ -93,16 +95,15 @@ def absent(words: Sequence[str], view: View) -> list[str]:
     return [word for word in words if not any(thing.has(word) for thing in view)]
 
 
-def contrasts_of(rng: random.Random, view: View) -> list[dict[str, str]]:
+def contrasts_of(rng: random.Random, view: View, world: World = WHOLE) -> list[dict[str, str]]:
     """Pairs {true, false, type}; types: those of `CONTRASTS`."""
     pairs: list[tuple[str, Claim, Claim]] = []
-    swap = attribute_contrast(rng, view)
-    pairs += [("attribute", *swap)] if swap else []
+    pairs += attribute_contrast(rng, view, world)
     turned, exchanged = pick_relation(rng, view), pick_relation(rng, view)
     if turned is not None and exchanged is not None:
         turned, exchanged = turned.complete(view), exchanged.complete(view)
         pairs += [("relation", turned, turned.opposite()), ("order", exchanged, exchanged.reversed())]
-    pairs += [("count", *count_contrast(rng, view)), ("negation", *negation_contrast(rng, view))]
+    pairs += [*count_contrast(rng, view, world), *negation_contrast(rng, view, world)]
     return [
         {"true": true.text, "false": false.text, "type": kind}
         for kind, true, false in pairs
@@ -110,8 +111,9 @@ def contrasts_of(rng: random.Random, view: View) -> list[dict[str, str]]:
     ]
 
 
-def attribute_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim] | None:
-    """Two things of different shape exchange their colours; where no two can, one thing gets a colour not in the scene.
+def attribute_contrast(rng: random.Random, view: View, world: World) -> list[tuple[str, Claim, Claim]]:
+    """Two things of different shape exchange their colours, which only who knows what belongs together can tell; where
+    no two can, a `replacement`: one thing gets a colour not in the scene, which a bag of words tells.
 
     Only colours that occur once are touched: then the false caption is what the true one would be in a scene with two
     colours renamed, a scene just as likely. Otherwise naming one thing twice would give falsehood away.
@@ -123,24 +125,29 @@ def attribute_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim] | 
     if pairs:
         i, j = rng.choice(pairs)
         changed[i], changed[j] = replace(things[i], color=things[j].color), replace(things[j], color=things[i].color)
-    elif single:
+    elif single and (others := absent(world.colors, view)):
         i = rng.choice(single)
-        changed[i] = replace(things[i], color=rng.choice(absent(tuple(COLORS), view)))
+        changed[i] = replace(things[i], color=rng.choice(others))
     else:
-        return None
-    return Listing(tuple(things)), Listing(tuple(changed))
+        return []
+    return [("attribute" if pairs else "replacement", Listing(tuple(things)), Listing(tuple(changed)))]
 
 
-def count_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim]:
-    """The number of objects, and one more or one fewer, inside the range of numbers that scenes have."""
+def count_contrast(rng: random.Random, view: View, world: World) -> list[tuple[str, Claim, Claim]]:
+    """The number of objects, and one more or one fewer, inside the range of numbers that scenes have; none where all
+    scenes have the same."""
     num = len(view)
-    near = [other for other in (num - 1, num + 1) if other in COUNT_ODDS]
-    return Count("object", num), Count("object", rng.choice(near))
+    near = [other for other in (num - 1, num + 1) if other in world.count_odds]
+    return [("count", Count("object", num), Count("object", rng.choice(near)))] if near else []
 
 
-def negation_contrast(rng: random.Random, view: View) -> tuple[Claim, Claim]:
-    """`there is a star` against `there is no star`; which of them is true is drawn first."""
+def negation_contrast(rng: random.Random, view: View, world: World) -> list[tuple[str, Claim, Claim]]:
+    """`there is a star` against `there is no star`; which of them is true is drawn first. None where every shape is in
+    the scene, since nothing but the first could be true then."""
+    others = absent(world.shapes, view)
+    if not others:
+        return []
     present = rng.random() < 0.5
-    words = sorted({thing.shape for thing in view}) if present else absent(SHAPES, view)
+    words = sorted({thing.shape for thing in view}) if present else others
     claim = Presence((rng.choice(words),), present)
-    return claim, replace(claim, present=not present)
+    return [("negation", claim, replace(claim, present=not present))]

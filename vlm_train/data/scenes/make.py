@@ -18,6 +18,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from vlm_train.data.scenes.corruption import check_corruption, corrupt_image, pi
 from vlm_train.data.scenes.language import CONTRASTS, captions_of, contrasts_of, counts_of, negations_of, relations_of
 from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
 from vlm_train.data.scenes.render import box_of, render
-from vlm_train.data.scenes.world import sample_scene
+from vlm_train.data.scenes.world import WHOLE, World, check_world, sample_scene
 from vlm_train.data.writer import DatasetWriter, Progress, Summary, hash_fraction, to_json
 from vlm_train.errors import ConfigError
 
@@ -47,6 +48,7 @@ def make_scenes(
     val_fraction: float = 0.1,
     corruption: Mapping[str, float] | None = None,
     hold_out: str | None = None,
+    world: World = WHOLE,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -59,7 +61,8 @@ def make_scenes(
         size: side of the pictures in pixels, at least 32.
         val_fraction: share of the scenes that go to `val`.
         corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
-        hold_out: a type of contrast (attribute, relation, order, count, negation) that `negatives` shall not have.
+        hold_out: a type of contrast (`language.CONTRASTS`) that `negatives` shall not have.
+        world: what there can be in a scene.
         num_workers: processes; None is one for each core.
         progress: called after each scene.
 
@@ -69,14 +72,15 @@ def make_scenes(
     """
     corruption = dict(corruption or {})
     check_corruption(corruption)
-    _check(num_samples, size, val_fraction, hold_out)
+    _check(num_samples, size, val_fraction, hold_out, world)
     parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
     parameters |= {"val_fraction": val_fraction, "corruption": corruption}
     parameters |= {"hold_out": hold_out} if hold_out else {}  # datasets of before are still the same
+    parameters |= {"world": asdict(world)} if world != WHOLE else {}
     with DatasetWriter(Path(out), parameters=parameters) as writer:
         if writer.finished is not None:
             return writer.finished
-        make = partial(make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out)
+        make = partial(make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out, world=world)
         kinds: Counter[str] = Counter()
         for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
             split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
@@ -87,7 +91,8 @@ def make_scenes(
         return writer.finish(facts={"num_corrupted": dict(sorted(kinds.items()))})
 
 
-def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | None) -> None:
+def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | None, world: World) -> None:
+    check_world(world)
     if hold_out not in (None, *CONTRASTS):
         raise ConfigError("no such type of contrast", got=hold_out, allowed=", ".join(CONTRASTS))
     if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
@@ -98,16 +103,22 @@ def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | Non
 
 
 def make_sample(
-    index: int, *, seed: int, size: int, corruption: Mapping[str, float], hold_out: str | None = None
+    index: int,
+    *,
+    seed: int,
+    size: int,
+    corruption: Mapping[str, float],
+    hold_out: str | None = None,
+    world: World = WHOLE,
 ) -> tuple[str | None, dict[str, bytes]]:
     """The kind of corruption (or None) and the parts `png`, `txt`, `json` of scene `index`."""
-    image, view, background = _see(f"scene {seed} {index}", size)
-    truth = describe(random.Random(f"text {seed} {index}"), view, hold_out)
+    image, view, background = _see(f"scene {seed} {index}", size, world)
+    truth = describe(random.Random(f"text {seed} {index}"), view, hold_out, world)
     rng = random.Random(f"corruption {seed} {index}")
     kind = pick_corruption(rng, corruption)
     if kind == "caption_mismatch":
         truth["corruption"] = {"kind": kind, "true_captions": truth["captions"]}
-        truth["captions"] = _false_captions(rng, view, size)
+        truth["captions"] = _false_captions(rng, view, size, world)
     elif kind is not None:
         image, truth["corruption"] = corrupt_image(rng, image, kind)
     truth |= {"background": background, "source": "scenes"}
@@ -116,11 +127,11 @@ def make_sample(
     return kind, {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
 
 
-def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dict[str, Any]:
+def describe(rng: random.Random, view: View, hold_out: str | None = None, world: World = WHOLE) -> dict[str, Any]:
     """KEY.json of an undamaged scene."""
-    contrasts = contrasts_of(rng, view)
+    contrasts = contrasts_of(rng, view, world)
     held_out = {row["false"] for row in contrasts if row["type"] == hold_out}  # two types may give the same text
-    questions = questions_of(rng, view)
+    questions = questions_of(rng, view, world)
     return {
         "captions": captions_of(rng, view),
         "regions": [
@@ -134,7 +145,7 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dic
         ],
         "relations": [{"subject": row[0], "predicate": row[1], "object": row[2]} for row in relations_of(view)],
         "counts": counts_of(view),
-        "negations": negations_of(rng, view),
+        "negations": negations_of(rng, view, world),
         "negatives": [row["false"] for row in contrasts if row["false"] not in held_out],
         "contrasts": contrasts,
         "qa": questions,
@@ -143,15 +154,15 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dic
     }
 
 
-def _see(key: str, size: int) -> tuple[np.ndarray, View, str]:
-    scene = sample_scene(random.Random(key), size)
+def _see(key: str, size: int, world: World) -> tuple[np.ndarray, View, str]:
+    scene = sample_scene(random.Random(key), size, world)
     drawn = render(scene)
     things = [Thing.of(item, box_of(mask)) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
     return drawn.image, things, scene.background
 
 
-def _false_captions(rng: random.Random, view: View, size: int) -> list[str]:
+def _false_captions(rng: random.Random, view: View, size: int, world: World) -> list[str]:
     while True:
-        _, other, _ = _see(f"mismatch {rng.getrandbits(64)}", size)
+        _, other, _ = _see(f"mismatch {rng.getrandbits(64)}", size, world)
         if not Listing(tuple(other)).verdict(view):
             return captions_of(rng, other)

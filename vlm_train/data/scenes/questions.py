@@ -12,15 +12,15 @@ from typing import Any
 
 from vlm_train.data.scenes.claims import OPPOSITE, RELATIONS, Thing, View, plural, with_article
 from vlm_train.data.scenes.language import absent, pick_relation
-from vlm_train.data.scenes.world import COLORS, SHAPES
+from vlm_train.data.scenes.world import WHOLE, World
 
 NUM_TURNS = 3
 
 
-def questions_of(rng: random.Random, view: View) -> list[dict[str, str]]:
+def questions_of(rng: random.Random, view: View, world: World = WHOLE) -> list[dict[str, str]]:
     """Dicts {question, answer, type}; types: color, shape, size, count, existence, spatial."""
-    found = [_color(rng, view), _shape(rng, view), _size(rng, view), _count(rng, view)]
-    found += [_existence(rng, view), _spatial(rng, view)]
+    found = [_color(rng, view), _shape(rng, view), _size(rng, view), _count(rng, view, world)]
+    found += [_existence(rng, view, world), _spatial(rng, view)]
     return [{"question": row[0], "answer": row[1], "type": row[2]} for row in found if row is not None]
 
 
@@ -89,20 +89,24 @@ def _size(rng: random.Random, view: View) -> tuple[str, str, str]:
     return f"is the {thing.name} small or large?", thing.size, "size"
 
 
-def _count(rng: random.Random, view: View) -> tuple[str, str, str]:
+def _count(rng: random.Random, view: View, world: World) -> tuple[str, str, str]:
     seen = [word for thing in view for word in (thing.shape, thing.color)]
-    word = rng.choice(["object", *seen, rng.choice(SHAPES), rng.choice(list(COLORS))])
+    word = rng.choice(["object", *seen, rng.choice(world.shapes), rng.choice(world.colors)])
     return f"how many {plural(word, 2)} are there?", str(sum(thing.has(word) for thing in view)), "count"
 
 
-def _existence(rng: random.Random, view: View) -> tuple[str, str, str]:
+def _existence(rng: random.Random, view: View, world: World) -> tuple[str, str, str]:
     answer = rng.random() < 0.5
     thing = rng.choice(view)
     color, shape = thing.color, thing.shape
-    if not answer and rng.random() < 0.5:
-        color = rng.choice([other for other in COLORS if not any(t.has(other) and t.has(shape) for t in view)])
-    elif not answer:
-        shape = rng.choice(absent(SHAPES, [t for t in view if t.has(color)]))
+    colors = [other for other in world.colors if not any(t.has(other) and t.has(shape) for t in view)]
+    shapes = absent(world.shapes, [t for t in view if t.has(color)])
+    if not answer and (rng.random() < 0.5 or not shapes) and colors:
+        color = rng.choice(colors)
+    elif not answer and shapes:
+        shape = rng.choice(shapes)
+    else:
+        answer = True
     return f"is there {with_article(f'{color} {shape}')}?", _yes_or_no(answer), "existence"
 
 

@@ -4,14 +4,17 @@ Within a scene no two objects share both colour and shape, so "the red circle" n
 may share a colour or a shape, so there is something to count. Each object has a grid cell of its own, which keeps
 overlap to about a pixel without rejection: any seed gives a scene at once.
 
-The number of objects is 1, 2, 3, 4, 5 with odds 1:2:2:2:1. That is the law under which a false count one off the true
-one (see `language.count_contrast`) has the same distribution as the true one, so that the text alone tells nothing.
+The number of objects is 1, 2, 3, 4, 5 with odds 1:2:2:2:1, the two ends half as likely as what lies between. That is
+the law under which a false count one off the true one (see `language.count_contrast`) has the same distribution as the
+true one, so that the text alone tells nothing.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+
+from vlm_train.errors import ConfigError
 
 SHAPES = ("circle", "square", "triangle", "star", "hexagon", "diamond", "cross", "ring", "heart")
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -29,12 +32,53 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SIZES: dict[str, tuple[float, float]] = {"small": (0.09, 0.11), "large": (0.15, 0.165)}
 """Range of the radius, as a share of the side of the image."""
 BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "speckle")
-COUNT_ODDS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 1}
 SHARE_SHAPE, SHARE_COLOR = 0.35, 0.25
 """How often a further object takes the shape, or else the colour, of the first."""
 GRID = 3
 OVERLAP = 0.012
 """How far an object may leave its cell, as a share of the side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What there can be: the first `num_shapes` of `SHAPES`, the first `num_colors` of `COLORS`, and from `fewest` to
+    `most` objects in a scene. A small world repeats itself, which a small model can learn."""
+
+    num_shapes: int = len(SHAPES)
+    num_colors: int = len(COLORS)
+    fewest: int = 1
+    most: int = 5
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """Every shape."""
+        return SHAPES[: self.num_shapes]
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        """Every colour."""
+        return tuple(COLORS)[: self.num_colors]
+
+    @property
+    def count_odds(self) -> dict[int, int]:
+        """Number of objects to its odds."""
+        return {num: 1 if num in (self.fewest, self.most) else 2 for num in range(self.fewest, self.most + 1)}
+
+
+WHOLE = World()
+MOST_OBJECTS = 6  # that a sentence has a number for
+
+
+def check_world(world: World) -> None:
+    """Refuses a world that holds fewer kinds than a scene has objects. Raises ConfigError."""
+    in_range = 1 <= world.num_shapes <= len(SHAPES) and 1 <= world.num_colors <= len(COLORS)
+    if not in_range or not 1 <= world.fewest <= world.most <= min(MOST_OBJECTS, world.num_shapes * world.num_colors):
+        raise ConfigError(
+            "there can be no such world of scenes",
+            got=f"{world.num_shapes} shapes, {world.num_colors} colors, {world.fewest} to {world.most} objects",
+            allowed=f"up to {len(SHAPES)} shapes, {len(COLORS)} colors, {MOST_OBJECTS} objects, each of its own kind",
+            remedy="fewer objects, or more shapes and colors",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +104,12 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def sample_scene(rng: random.Random, side: int) -> Scene:
+def sample_scene(rng: random.Random, side: int, world: World = WHOLE) -> Scene:
     """A scene of `side` x `side` pixels, a pure function of the state of `rng`."""
-    num_objects = rng.choices(list(COUNT_ODDS), weights=list(COUNT_ODDS.values()))[0]
+    num_objects = rng.choices(list(world.count_odds), weights=list(world.count_odds.values()))[0]
     kinds: list[tuple[str, str]] = []
     while len(kinds) < num_objects:
-        kind = _sample_kind(rng, kinds)
+        kind = _sample_kind(rng, kinds, world)
         if kind not in kinds:
             kinds.append(kind)
     cells = rng.sample(range(GRID * GRID), num_objects)
@@ -76,8 +120,8 @@ def sample_scene(rng: random.Random, side: int) -> Scene:
     return Scene(side, rng.choice(BACKGROUNDS), (light, dark), rng.getrandbits(32), tuple(objects))
 
 
-def _sample_kind(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[str, str]:
-    shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
+def _sample_kind(rng: random.Random, kinds: list[tuple[str, str]], world: World) -> tuple[str, str]:
+    shape, color = rng.choice(world.shapes), rng.choice(world.colors)
     chance = rng.random()
     if kinds and chance < SHARE_SHAPE:
         shape = kinds[0][0]
