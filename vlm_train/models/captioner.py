@@ -83,8 +83,8 @@ class Captioner(DualEncoder):
             "image_features": self.image_features(vector_BD),
             "text_features": self.text_features(text_BD),
             "caption_hidden": self.decoder(tokens_BTD[: len(image_BQD)], image_BQD),
-            # a view, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
-            "caption_vocabulary": self.vocabulary.weight.view_as(self.vocabulary.weight),
+            # a copy, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
+            "caption_vocabulary": self.vocabulary.weight.clone(),
         }
 
     def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
