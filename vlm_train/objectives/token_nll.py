@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm_train.objectives.pairing import full_precision
 
 MAX_LOGITS = 1 << 25
-"""How many logits exist at once: 128 MiB of fp32, and the backward pass holds them three times."""
+"""How many logits exist at once: 128 MiB of fp32; the backward pass holds their softmax and gradient beside them."""
 
 
 def token_nll(
