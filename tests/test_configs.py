@@ -42,12 +42,19 @@ EXTRA = {
     ("optim", "adamw_frozen_text"): ["model=clip_minilm"],
     ("optim", "adamw_frozen_vision"): ["model=efficientnet_tiny"],
     ("objective", "sigmoid"): ["model=siglip_tiny"],
+    ("objective", "captioning"): ["model=coca_tiny"],
+    ("objective", "coca"): ["model=coca_tiny"],
     ("objective", "distill"): ["objective.teacher=runs/teacher"],
     ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],
     ("experiment", "distill_b32"): ["objective.parts.distill.teacher=runs/teacher"],
 }
 TEXT = ["model.text.width=32", "model.text.num_layers=1", "model.text.num_heads=2", "model.tokenizer.vocab_size=300"]
 TOWERS = ["model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2", "model.embed_dim=32", *TEXT]
+COCA = [
+    *(word.replace("vision", "vision.tower") for word in TOWERS),
+    *(f"model.{part}.width=32" for part in ("vision", "decoder")),
+    *("model.vision.num_queries=4", "model.decoder.num_layers=1", "model.decoder.num_heads=2"),
+]
 RESNET = [
     "model.vision.width=8",
     "model.vision.layers=[1,1,1,1]",
@@ -60,6 +67,7 @@ LARGE = {  # choices of published size, cut down
     "siglip_b16": [*TOWERS, "objective=sigmoid"],
     "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
     "clip_rn50": RESNET,
+    "coca_b32": COCA,
 }
 SMALL = ["trainer.max_steps=2", "trainer.global_batch=6", "schedule.warmup_steps=1", "data.num_workers=0"]
 

@@ -65,7 +65,8 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     suite = build.evaluation_suite(parts, placement)
     module = training_module(parts, placement)
     sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
-    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks))
+    trains_a_part = not parts.objective.requires.issuperset(parts.model.outputs)  # type: ignore[arg-type]
+    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks), trains_a_part=trains_a_part)
     spike = None
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
@@ -127,8 +128,8 @@ def callbacks(
     ]
 
 
-def make_trainer(config: Any, callbacks: list[lightning.Callback]) -> lightning.Trainer:
-    """The Trainer for this machine."""
+def make_trainer(config: Any, callbacks: list[lightning.Callback], *, trains_a_part: bool = False) -> lightning.Trainer:
+    """The Trainer for this machine; `trains_a_part`: see `lightning_trainer`."""
     return lightning_trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -136,6 +137,7 @@ def make_trainer(config: Any, callbacks: list[lightning.Callback]) -> lightning.
         strategy=config.strategy.name,
         precision=config.precision.name,
         callbacks=callbacks,
+        trains_a_part=trains_a_part,
     )
 
 

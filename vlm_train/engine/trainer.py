@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from vlm_train.engine.strategies import AnyCheckpoint, Sharded
 
@@ -31,10 +31,10 @@ def set_up_torch(*, accelerator: str, deterministic: bool | None, num_threads: i
     warnings.filterwarnings("ignore", module="lightning.*")
 
 
-def _strategy(name: str, world_size: int) -> Strategy | str:
+def _strategy(name: str, world_size: int, *, trains_a_part: bool) -> Strategy | str:
     if name == "fsdp2":
         return Sharded(world_size)
-    return "ddp" if name == "ddp" else "auto"
+    return DDPStrategy(find_unused_parameters=trains_a_part) if name == "ddp" else "auto"
 
 
 def lightning_trainer(
@@ -45,8 +45,12 @@ def lightning_trainer(
     strategy: str,
     precision: str,
     callbacks: list[lightning.Callback],
+    trains_a_part: bool = False,
 ) -> lightning.Trainer:
     """A Trainer that only drives: records, checkpoints, evaluation and progress are our callbacks.
+
+    `trains_a_part`: the objective does not read all that the model returns, so some parameters get no gradient, which
+    DDP does not expect unless it is told.
 
     The whole run is one epoch of the loader, which knows its length, so Lightning prefetches nothing and the loader's
     count of consumed batches is right at every step.
@@ -61,7 +65,7 @@ def lightning_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=_strategy(strategy, devices * num_nodes),
+        strategy=_strategy(strategy, devices * num_nodes, trains_a_part=trains_a_part),
         precision=None if sharded_fp64 else PRECISION[precision],
         plugins=plugins,
         max_epochs=1,

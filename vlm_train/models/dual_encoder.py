@@ -130,14 +130,17 @@ class DualEncoder(nn.Module):
         In training with `patch_dropout` also `draws`, which decide which patches are read.
         """
         fields: Any = batch
-        kept_BK = None
-        if self._leaves_out:
-            tower = cast(PatchTower, self.vision)
-            kept_BK = kept_patches(batch["draws"], num_patches=tower.num_patches, num_kept=self._num_kept(tower))
         return {
-            "image_features": self.encode_image(fields[self.image_field], kept_BK),
+            "image_features": self.encode_image(fields[self.image_field], self.kept(batch)),
             "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
         }
+
+    def kept(self, batch: Batch) -> Tensor | None:
+        """The patches [B, K] that are read of each image; None for all."""
+        if not self._leaves_out:
+            return None
+        tower = cast(PatchTower, self.vision)
+        return kept_patches(batch["draws"], num_patches=tower.num_patches, num_kept=self._num_kept(tower))
 
     @property
     def _leaves_out(self) -> bool:
@@ -148,7 +151,14 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
         """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E]; `kept_BK`: see `PatchTower`. A tower
-        that reads another modality in place of pixels gets that.
+        that reads another modality in place of pixels gets that."""
+        pixels = self.pixels(images_B3SS)
+        return self.image_features(
+            self.vision(pixels) if kept_BK is None else cast(PatchTower, self.vision)(pixels, kept_BK)
+        )
+
+    def pixels(self, images_B3SS: Tensor) -> Tensor:
+        """What the vision tower is fed.
 
         Raises:
             ConfigError: a batch of another shape than the tower reads.
@@ -162,15 +172,19 @@ class DualEncoder(nn.Module):
                 allowed=("B", *shape),
                 remedy="build the data with the model's own image_spec and modalities",
             )
-        pixels = self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
-        features = self.vision(pixels) if kept_BK is None else cast(PatchTower, self.vision)(pixels, kept_BK)
-        if self.image_projection is not None:
-            features = self.image_projection(features)
-        return unit_length(features)
+        return self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
+
+    def image_features(self, vector_BD: Tensor) -> Tensor:
+        """The vision tower's [B, D] -> unit vectors [B, E]."""
+        return unit_length(vector_BD if self.image_projection is None else self.image_projection(vector_BD))
 
     def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ids [B, T] int64 and mask [B, T] bool -> unit vectors [B, E]."""
-        return unit_length(self.text_projection(self.text(ids_BT, mask_BT)))
+        return self.text_features(self.text(ids_BT, mask_BT))
+
+    def text_features(self, vector_BD: Tensor) -> Tensor:
+        """The text tower's [B, D] -> unit vectors [B, E]."""
+        return unit_length(self.text_projection(vector_BD))
 
     def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
         """Forward FLOPs of one sample by part (`vision`, `text`), 2 per multiply-add, as executed.

@@ -36,7 +36,7 @@ def batch_of(texts: list[list[int]], length: int, pad_id: int = 47) -> tuple[Ten
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.lists(st.integers(0, 46), max_size=6), min_size=1, max_size=4),
-    st.sampled_from([("eos", True), ("eos", False), ("mean", True), ("mean", False)]),
+    st.sampled_from([("eos", True), ("eos", False), ("mean", True), ("mean", False), ("cls", True)]),
     st.integers(0, 49),
 )
 def test_padding_never_changes_a_text(texts: list[list[int]], kind: tuple[str, bool], pad_id: int) -> None:
@@ -85,6 +85,8 @@ def test_pooling_the_last_position_reads_the_padding_and_needs_all_of_it() -> No
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="at most 12"):
         make_text()(*batch_of([[1] * 12], 14))
+    with pytest.raises(ConfigError, match="which only a causal tower"):
+        make_text(pool="cls", causal=False)
     with pytest.raises(ConfigError, match="unknown pooling"):
         make_text(pool="max")
     same = TextSpec(vocab_size=50, context_length=12, pad_id=49, bos_id=49, eos_id=49)

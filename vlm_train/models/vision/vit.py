@@ -121,22 +121,28 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] normalised -> [B, D], not L2-normalised; `kept_BK` int64: the only patches that are read."""
+        x_BPD = self._run(pixels_B3SS, kept_BK, reads_all=self.class_token is None)
+        if self.attention_pool is not None:
+            return self.attention_pool(x_BPD)
+        return x_BPD.mean(dim=1)  # under `cls` one token is left, and its mean is itself
+
+    def tokens(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
+        """As `forward`, before any pooling: every token [B, P, D], the class token first where the tower has one."""
+        return self._run(pixels_B3SS, kept_BK, reads_all=True)
+
+    def _run(self, pixels_B3SS: Tensor, kept_BK: Tensor | None, *, reads_all: bool) -> Tensor:
         num_images = pixels_B3SS.shape[0]
         x_BPD = self.patch_embed(pixels_B3SS)
-        read_B = None
         if self.class_token is not None:
             x_BPD = torch.cat([self.class_token.to(x_BPD.dtype).expand(num_images, 1, -1), x_BPD], dim=1)
-            read_B = torch.zeros(num_images, dtype=torch.int64, device=x_BPD.device)
         x_BPD = x_BPD + self.position.to(x_BPD.dtype)
         if kept_BK is not None:
             kept_BK = kept_BK if self.class_token is None else F.pad(kept_BK + 1, (1, 0))  # the class token is first
             x_BPD = x_BPD.gather(1, kept_BK[:, :, None].expand(-1, -1, x_BPD.shape[-1]))
         if self.pre_norm is not None:
             x_BPD = self.pre_norm(x_BPD)
-        x_BPD = self.post_norm(run_blocks(self.blocks, x_BPD, read_B=read_B))
-        if self.attention_pool is not None:
-            return self.attention_pool(x_BPD)
-        return x_BPD.mean(dim=1)  # under `cls` one token is left, and its mean is itself
+        read_B = None if reads_all else torch.zeros(num_images, dtype=torch.int64, device=x_BPD.device)
+        return self.post_norm(run_blocks(self.blocks, x_BPD, read_B=read_B))
 
     def resized_position(self, position_PD: Tensor) -> Tensor:
         """The positions of a tower for another image size or patch size, at the size of this one."""
@@ -145,7 +151,18 @@ class VisionTransformer(nn.Module):
     def forward_flops(self, num_kept: int | None = None) -> float:
         """Forward FLOPs of one image of which `num_kept` patches are read (default: all), as executed (the last block
         of a `cls` tower runs one query)."""
-        num_tokens = (self.num_patches if num_kept is None else num_kept) + (self.pool == "cls")
-        flops = 2.0 * self.patch_embed.weight.numel() * self.num_patches
-        flops += blocks_flops(self.blocks, num_tokens, reads_one=self.pool == "cls")
+        flops = self._flops(num_kept, reads_one=self.pool == "cls")
+        num_tokens = self.num_tokens(num_kept)
         return flops + (self.attention_pool.forward_flops(num_tokens) if self.attention_pool is not None else 0.0)
+
+    def tokens_flops(self, num_kept: int | None = None) -> float:
+        """As `forward_flops`, of `tokens`."""
+        return self._flops(num_kept, reads_one=False)
+
+    def num_tokens(self, num_kept: int | None = None) -> int:
+        """Length of the sequence when `num_kept` patches are read (default: all)."""
+        return (self.num_patches if num_kept is None else num_kept) + (self.pool == "cls")
+
+    def _flops(self, num_kept: int | None, *, reads_one: bool) -> float:
+        patches = 2.0 * self.patch_embed.weight.numel() * self.num_patches
+        return patches + blocks_flops(self.blocks, self.num_tokens(num_kept), reads_one=reads_one)
