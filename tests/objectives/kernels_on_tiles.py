@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -53,12 +53,16 @@ def arguments(
     }
 
 
+def in_fp32(values: Iterable[Tensor]) -> list[Tensor]:
+    """Ids stay as they are."""
+    return [value.float() if value.is_floating_point() else value for value in values]
+
+
 def difference(kernels: ModuleType, given: dict[str, tuple[Tensor, ...]]) -> dict[str, float]:
     """Function -> how far fp32 kernels are from torch in fp64, relative to 1 + the number."""
     found = {}
     for name, values in given.items():
-        small = [value.float() if value.is_floating_point() else value for value in values]
-        got = getattr(kernels, name)(*(value.to(DEVICE).clone() for value in small))
+        got = getattr(kernels, name)(*(value.to(DEVICE).clone() for value in in_fp32(values)))
         expected = getattr(tile_maths, name)(*(value.clone() for value in values))
         pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, expected)), strict=True)
         found[name] = max(((a.cpu() - b).abs() / (1 + b.abs())).nan_to_num(1e9).max().item() for a, b in pairs)
@@ -94,7 +98,7 @@ TWINS = {
     ),
     "takes a wrong one at the top for a partner": ("(at_top & mask)", "at_top", "sigmoid_sums"),
     "pairs nobody with nobody": ("& (image[:, None] != _NOBODY)", "", "softmax_grad"),
-    "reads one id": ("tl.static_range(NUM_IDS)", "tl.static_range(1)", "sigmoid_grad"),
+    "reads one id": ("tl.static_range(SIZES[0])", "tl.static_range(1)", "sigmoid_grad"),
     "forgets one direction": ("grad += (tl.exp", "grad = (tl.exp", "softmax_grad"),
 }  # fmt: skip
 
@@ -126,7 +130,7 @@ def test_what_a_clear_negative_costs_is_not_rounded_away(tmp_path: Path) -> None
     cosines, nobody = torch.linspace(-1, 0, 1024, dtype=torch.float64).view(32, 32), torch.full((32, 1), NOBODY)
     scale, bias = torch.ones(1, dtype=torch.float64), torch.full((1,), -16.0, dtype=torch.float64)
     exact = tile_maths.sigmoid_sums(cosines, scale, bias, nobody, nobody)[1]
-    small = [x.to(DEVICE) for x in (cosines.float(), scale.float(), bias.float(), nobody, nobody)]
+    small = [x.to(DEVICE) for x in in_fp32([cosines, scale, bias, nobody, nobody])]
     twin = changed(tmp_path, "2.0 * s * series", "tl.log(1.0 + e)")
     ours, rounded = (kernels.sigmoid_sums(*small)[1].cpu() for kernels in (tile_kernels, twin))
     assert abs(ours / exact - 1) < 1e-5
@@ -184,7 +188,7 @@ def test_whole_losses_are_the_gathered_ones(
             (softmax_tiled, softmax_gathered, [scale]),
             (sigmoid_tiled, sigmoid_gathered, [scale, -scale]),
         ):
-            small = [[x.float().to(DEVICE) for x in features], [x.to(DEVICE) for x in ids]]
+            small = [[x.to(DEVICE) for x in in_fp32(part)] for part in (features, ids)]
             got, expected = outcome(ours, *small, parameters), outcome(reference, features, ids, parameters)
             for value, wanted in zip(got, expected, strict=True):
                 error = ((value - wanted).abs() / (1 + wanted.abs())).max().item() if value.numel() else 0.0

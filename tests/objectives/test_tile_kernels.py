@@ -1,4 +1,4 @@
-"""The fused kernels of the tiled losses: interpreted on the processor, compiled for a GPU, and run where there is one."""
+"""The fused kernels of the tiled losses: interpreted on the processor, compiled for a GPU, run where there is one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import triton
+from kernels_on_tiles import arguments, in_fp32
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from vlm_train.objectives import tile_kernels, tile_maths, tiled
-
-NAMES = ("softmax_sums", "softmax_grad", "sigmoid_sums", "sigmoid_grad")
 
 
 def kernels_on_tiles(**environment: str) -> None:
@@ -41,31 +40,43 @@ def test_kernels_on_a_gpu_agree_with_torch() -> None:
     kernels_on_tiles(TRITON_INTERPRET="0")
 
 
-def compiled(name: str, **options: Any) -> Any:
-    """The kernel as `tile_kernels` compiles it, but for a Hopper card whether one is there or not."""
-    kernel = getattr(tile_kernels, f"_{name}")
-    shape = {"NUM_IDS": 1, "HEIGHT": tile_kernels.BLOCK[0], "WIDTH": tile_kernels.BLOCK[1]}
-    types = {"image_ids": "*i64", "text_ids": "*i64", "num_rows": "i32", "num_columns": "i32"}
-    signature = {name: "constexpr" if name in shape else types.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in shape}
-    source = ASTSource(kernel, signature=signature, constexprs=shape, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={**tile_kernels.OPTIONS, **options})
+class HopperAtHand:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu_with_every_product_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called as on a GPU up to the launch itself, so that the arguments are those of a run."""
+    compile_only, codes = JITFunction.run, {}
+
+    def run(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+        codes[self.__name__] = compile_only(self, *args, warmup=True, **options).asm["sass"]
+
+    given = {name: in_fp32(values) for name, values in arguments(80, 144, 1, 20, 14.0, 0).items()}
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name in NAMES:
-        machine_code = compiled(name).asm["sass"]
-        assert machine_code.count("MUFU.EX2") > 0
-        assert machine_code.count("FFMA") == 0
-        assert machine_code.count("STL") == 0  # nothing spilled from registers
-    fused = compiled("softmax_grad", enable_fp_fusion=True).asm["sass"]  # the twin
-    assert fused.count("FFMA") > 0
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver, "_active", HopperAtHand())
+    for name, values in given.items():
+        getattr(tile_kernels, name)(*values)
+        assert codes[f"_{name}"].count("MUFU.EX2") > 0
+        assert codes[f"_{name}"].count("FFMA") == 0
+        assert codes[f"_{name}"].count("STL") == 0  # nothing spilled from registers
+    monkeypatch.setitem(tile_kernels.OPTIONS, "enable_fp_fusion", True)  # the twin
+    tile_kernels.softmax_grad(*given["softmax_grad"])
+    assert codes["_softmax_grad"].count("FFMA") > 0
 
 
 def test_both_sets_of_functions_take_and_give_the_same() -> None:
-    for name in NAMES:
+    for name in ("softmax_sums", "softmax_grad", "sigmoid_sums", "sigmoid_grad"):
         assert inspect.signature(getattr(tile_kernels, name)) == inspect.signature(getattr(tile_maths, name))
 
 

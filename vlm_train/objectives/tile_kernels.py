@@ -93,7 +93,7 @@ def _launch(kernel: Any, cosines_RC: Tensor, image_ids: Tensor, text_ids: Tensor
     down, across = _num_blocks(cosines_RC)
     num_rows, num_columns = cosines_RC.shape
     ids = image_ids.contiguous(), text_ids.contiguous()
-    shape = num_rows, num_columns, ids[0].shape[1], *BLOCK
+    shape = num_rows, num_columns, (ids[0].shape[1], *BLOCK)
     with torch.cuda.device_of(cosines_RC):
         kernel[(down * across,)](cosines_RC, *ids, *rest, *shape, **OPTIONS)
 
@@ -102,27 +102,26 @@ def _merged(parts_6KN: Tensor) -> Tensor:
     return tile_maths.merged(parts_6KN.permute(1, 2, 0))
 
 
+# Below, SIZES are the ids of an image or a text, and the rows and columns of a block.
+
+
 @triton.jit
-def _softmax_sums(
-    cosines, image_ids, text_ids, scale, rows, columns, num_rows, num_columns,
-    NUM_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row, column, place, within = _block(num_rows, num_columns, HEIGHT, WIDTH)
-    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, NUM_IDS, HEIGHT, WIDTH)
+def _softmax_sums(cosines, image_ids, text_ids, scale, rows, columns, num_rows, num_columns, SIZES: tl.constexpr):
+    row, column, place, within = _block(num_rows, num_columns, SIZES)
+    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, SIZES)
     logits = tl.load(scale) * tl.load(cosines + place, within, 0.0)
-    _store_rows(rows, logits, mask, row, column, num_rows, num_columns, WIDTH)
-    block, num_blocks = tl.program_id(0) // tl.cdiv(num_columns, WIDTH), tl.cdiv(num_rows, HEIGHT)
+    _store_rows(rows, logits, mask, row, column, num_rows, num_columns, SIZES)
+    block, num_blocks = tl.program_id(0) // tl.cdiv(num_columns, SIZES[2]), tl.cdiv(num_rows, SIZES[1])
     inside = tl.where(row[:, None] < num_rows, logits, float("-inf"))
     _store_sums(columns, inside, mask, 0, block, num_blocks, column, num_columns)
 
 
 @triton.jit
 def _softmax_grad(
-    cosines, image_ids, text_ids, scale, about_rows, about_columns, num_rows, num_columns,
-    NUM_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row, column, place, within = _block(num_rows, num_columns, HEIGHT, WIDTH)
-    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, NUM_IDS, HEIGHT, WIDTH)
+    cosines, image_ids, text_ids, scale, about_rows, about_columns, num_rows, num_columns, SIZES: tl.constexpr
+):
+    row, column, place, within = _block(num_rows, num_columns, SIZES)
+    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, SIZES)
     logits = tl.load(scale) * tl.load(cosines + place, within, 0.0)
     partners = mask.to(tl.float32)
     top, log_sum, share, weight = _about(about_rows, row, num_rows)
@@ -134,23 +133,19 @@ def _softmax_grad(
 
 @triton.jit
 def _sigmoid_sums(
-    cosines, image_ids, text_ids, scale, bias, rows, softplus, num_rows, num_columns,
-    NUM_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row, column, place, within = _block(num_rows, num_columns, HEIGHT, WIDTH)
-    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, NUM_IDS, HEIGHT, WIDTH)
+    cosines, image_ids, text_ids, scale, bias, rows, softplus, num_rows, num_columns, SIZES: tl.constexpr
+):
+    row, column, place, within = _block(num_rows, num_columns, SIZES)
+    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, SIZES)
     logits = tl.load(scale) * tl.load(cosines + place, within, 0.0) + tl.load(bias)
-    _store_rows(rows, logits, mask, row, column, num_rows, num_columns, WIDTH)
+    _store_rows(rows, logits, mask, row, column, num_rows, num_columns, SIZES)
     tl.store(softplus + tl.program_id(0), _total(_softplus(logits), within))
 
 
 @triton.jit
-def _sigmoid_grad(
-    cosines, image_ids, text_ids, scale, bias, outer, total, num_rows, num_columns,
-    NUM_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row, column, place, within = _block(num_rows, num_columns, HEIGHT, WIDTH)
-    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, NUM_IDS, HEIGHT, WIDTH)
+def _sigmoid_grad(cosines, image_ids, text_ids, scale, bias, outer, total, num_rows, num_columns, SIZES: tl.constexpr):
+    row, column, place, within = _block(num_rows, num_columns, SIZES)
+    mask = _partners(image_ids, text_ids, row, column, num_rows, num_columns, SIZES)
     logits = tl.load(scale) * tl.load(cosines + place, within, 0.0) + tl.load(bias)
     grad = tl.load(outer) * (tl.sigmoid(logits) - mask.to(tl.float32))
     tl.store(cosines + place, grad, within)
@@ -158,32 +153,29 @@ def _sigmoid_grad(
 
 
 @triton.jit
-def _block(num_rows, num_columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _block(num_rows, num_columns, SIZES: tl.constexpr):
     """Rows and columns of this program's block, where its elements lie, and which of them are inside the tile."""
-    num_across = tl.cdiv(num_columns, WIDTH)
-    row = tl.program_id(0) // num_across * HEIGHT + tl.arange(0, HEIGHT)
-    column = tl.program_id(0) % num_across * WIDTH + tl.arange(0, WIDTH)
+    num_across = tl.cdiv(num_columns, SIZES[2])
+    row = tl.program_id(0) // num_across * SIZES[1] + tl.arange(0, SIZES[1])
+    column = tl.program_id(0) % num_across * SIZES[2] + tl.arange(0, SIZES[2])
     within = (row[:, None] < num_rows) & (column[None, :] < num_columns)
     return row, column, row[:, None] * num_columns + column[None, :], within
 
 
 @triton.jit
-def _partners(
-    image_ids, text_ids, row, column, num_rows, num_columns,
-    NUM_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _partners(image_ids, text_ids, row, column, num_rows, num_columns, SIZES: tl.constexpr):
     """The partner mask; outside the tile there is nobody."""
-    mask = tl.zeros((HEIGHT, WIDTH), tl.int1)
-    for i in tl.static_range(NUM_IDS):
-        image = tl.load(image_ids + row * NUM_IDS + i, row < num_rows, _NOBODY)
-        text = tl.load(text_ids + column * NUM_IDS + i, column < num_columns, _NOBODY)
+    mask = tl.zeros((SIZES[1], SIZES[2]), tl.int1)
+    for i in tl.static_range(SIZES[0]):
+        image = tl.load(image_ids + row * SIZES[0] + i, row < num_rows, _NOBODY)
+        text = tl.load(text_ids + column * SIZES[0] + i, column < num_columns, _NOBODY)
         mask |= (image[:, None] == text[None, :]) & (image[:, None] != _NOBODY)
     return mask
 
 
 @triton.jit
-def _store_rows(rows, logits, mask, row, column, num_rows, num_columns, WIDTH: tl.constexpr):
-    num_across = tl.cdiv(num_columns, WIDTH)
+def _store_rows(rows, logits, mask, row, column, num_rows, num_columns, SIZES: tl.constexpr):
+    num_across = tl.cdiv(num_columns, SIZES[2])
     inside = tl.where(column[None, :] < num_columns, logits, float("-inf"))
     _store_sums(rows, inside, mask, 1, tl.program_id(0) % num_across, num_across, row, num_rows)
 
