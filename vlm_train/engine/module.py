@@ -20,23 +20,28 @@ from vlm_train.engine import sharding
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
+from vlm_train.models.attention import Backend
+from vlm_train.models.layers import choose_attention
 from vlm_train.objectives.base import Objective
 from vlm_train.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transforms:
-    """What is done to every block of the model, in place and in this order, before it is sharded.
+    """What is done to the model, in place and in this order, before it is sharded.
 
-    `recompute`: activations inside a block are not kept but computed again in the backward pass (activation
-    checkpointing, arXiv 1604.06174). `compile`: torch.compile; one graph serves all equal blocks.
+    `attention`: what computes the attention of our towers. `recompute`: activations inside a block are not kept but
+    computed again in the backward pass (activation checkpointing, arXiv 1604.06174). `compile`: torch.compile of every
+    block; one graph serves all equal ones.
     """
 
+    attention: Backend = "sdpa"
     recompute: bool = False
     compile: bool = False
 
-    def apply(self, model: nn.Module) -> None:
-        """Parameter names stay as they are."""
+    def apply(self, model: nn.Module, device: torch.device) -> None:
+        """Parameter names stay as they are. Raises ConfigError where the kernel cannot run on `device`."""
+        choose_attention(model, self.attention, device)
         for block in sharding.blocks_of(model):
             if self.recompute:
                 checkpoint(block)
@@ -86,7 +91,8 @@ class TrainingModule(lightning.LightningModule):
         """Transforms the model, once, when the strategy knows where the ranks are."""
         if self.transforms is None:
             return
-        self.transforms.apply(self.model)
+        with self.trainer.precision_plugin.forward_context():
+            self.transforms.apply(self.model, self.trainer.strategy.root_device)
         if self.device_mesh is not None:
             for model in (self.model, self.averaged_model):
                 if model is not None:
