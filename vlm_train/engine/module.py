@@ -28,21 +28,21 @@ from vlm_train.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transforms:
-    """What is done to the model, in place and in this order, before it is sharded.
+    """What is done to what trains, in place and in this order, before it is sharded.
 
-    `attention`: what computes the attention of our towers. `recompute`: activations inside a block are not kept but
-    computed again in the backward pass (activation checkpointing, arXiv 1604.06174). `compile`: torch.compile of every
-    block; one graph serves all equal ones.
+    `attention`: the kernel of every attention of ours. Of every block of the model, `recompute`: activations inside are
+    not kept but computed again in the backward pass (activation checkpointing, arXiv 1604.06174); `compile`:
+    torch.compile, where one graph serves all equal blocks.
     """
 
     attention: Backend = "sdpa"
     recompute: bool = False
     compile: bool = False
 
-    def apply(self, model: nn.Module, device: torch.device) -> None:
+    def apply(self, module: TrainingModule, device: torch.device) -> None:
         """Parameter names stay as they are. Raises ConfigError where the kernel cannot run on `device`."""
-        choose_attention(model, self.attention, device)
-        for block in sharding.blocks_of(model):
+        choose_attention(module, self.attention, device)
+        for block in sharding.blocks_of(module.model):
             if self.recompute:
                 checkpoint(block)
             if self.compile:
@@ -92,7 +92,7 @@ class TrainingModule(lightning.LightningModule):
         if self.transforms is None:
             return
         with self.trainer.precision_plugin.forward_context():
-            self.transforms.apply(self.model, self.trainer.strategy.root_device)
+            self.transforms.apply(self, self.trainer.strategy.root_device)
         if self.device_mesh is not None:
             for model in (self.model, self.averaged_model):
                 if model is not None:
