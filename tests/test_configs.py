@@ -30,6 +30,7 @@ NEEDS = {
     ("precision", "fp16"): "a GPU",
     ("logger", "wandb"): "tests/engine/test_wandb.py",
     ("compile", "blocks"): "a minute",
+    ("attention", "xformers"): "xformers and a GPU",
     ("objective", "distill"): "tests/cli/test_distilled_runs.py",
     ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
     ("experiment", "distill_b32"): "tests/cli/test_distilled_runs.py",
@@ -133,8 +134,8 @@ def test_no_two_recipes_are_the_same() -> None:
 def test_root_keys_are_a_known_set() -> None:
     """Knobs are expensive: a new one is added here, with a line in CHANGELOG.md."""
     assert sorted(Config.__dataclass_fields__) == [
-        "checkpoint", "compile", "data", "evaluation", "init", "logger", "model", "objective", "optim", "precision",
-        "run", "schedule", "seed", "spikes", "stages", "strategy", "trainer",
+        "attention", "checkpoint", "compile", "data", "evaluation", "init", "logger", "model", "objective", "optim",
+        "precision", "run", "schedule", "seed", "spikes", "stages", "strategy", "trainer",
     ]  # fmt: skip
 
 

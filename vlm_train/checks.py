@@ -14,7 +14,6 @@ from typing import Any
 from vlm_train.errors import ConfigError
 
 STRATEGIES = ("single", "ddp", "fsdp2")
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 EPOCH_ENDS = ("drop", "wrap", "pad_zero_weight")
 MAX_DENOMINATOR = 1 << 16
 """The smallest share of a source in a mixture is one in so many samples."""
@@ -46,7 +45,8 @@ _CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "data.epoch_end": EPOCH_ENDS,
     "strategy.name": STRATEGIES,
-    "precision.name": PRECISIONS,
+    "precision.name": ("fp32", "bf16", "fp16", "fp64"),
+    "attention.name": ("sdpa", "flash", "xformers", "eager"),
     "logger.name": ("none", "wandb"),
     "logger.mode": ("online", "offline"),
 }

@@ -129,6 +129,13 @@ class CompileConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """Which kernel computes the attention of our towers; models/attention.py."""
+
+    name: str = "sdpa"  # runs of before this key have it too
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured, every how many steps (0: only at the end), with how many samples a batch."""
 
@@ -164,6 +171,7 @@ class Config:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -174,6 +182,7 @@ MACHINE_KEYS = (
     "run",
     "strategy",
     "compile",
+    "attention",
     "checkpoint",
     "evaluation",
     "logger",

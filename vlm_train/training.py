@@ -98,7 +98,9 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
         optim=build.make(config.optim),
         schedule=build.make(config.schedule),
         plan=plan,
-        transforms=Transforms(recompute=config.strategy.recompute, compile=config.compile.enabled),
+        transforms=Transforms(
+            attention=config.attention.name, recompute=config.strategy.recompute, compile=config.compile.enabled
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""Training throughput and model FLOP utilisation: ours beside open_clip's, on one device, in one run.
+"""Training throughput and model FLOP utilisation: ours beside open_clip's, on one device, in one run; the attention
+kernels that the device has beside each other; and on a GPU the tiled losses with and without their fused kernels.
 
     python scripts/bench/gpu.py               a GPU: CLIP B/16 and L/14 in bf16; without one: a toy in fp32
     python scripts/bench/gpu.py --full        three rounds of four times the length
@@ -7,7 +8,9 @@ Each round trains ours and open_clip's in turn, first on one batch that lies on 
 JPEG files of 20-60 kB (ours from tars, open_clip's as files through its own transform and torch's DataLoader). Ours is
 the engine as `vlm-train train` drives it, blocks compiled on a GPU; open_clip's is its model, loss and optimizer as its
 trainer puts them together, compiled as a whole. Utilisation counts the same useful FLOPs for both (engine/flops.py).
-Rates are medians of steps after the first fifth, with the device waited for.
+Rates are medians of steps after the first fifth, with the device waited for. Attention is compared on the batch that
+lies on the device: `sdpa`, the default, should lose to none. The losses are those of 16,384 pairs of width 512, forward
+and backward, the median of 10.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
@@ -40,12 +45,19 @@ from vlm_train.cli.compose import compose_config
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.flops import peak_flops, training_flops_per_sample
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.errors import ConfigError
+from vlm_train.objectives import tile_maths, tiled
+from vlm_train.objectives.infonce import InfoNCE
+from vlm_train.objectives.sigmoid import Sigmoid
 from vlm_train.types import Batch
 
 ALONE = build.Placement(rank=0, world_size=1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RATIO_BAR, MFU_BAR = 1.25 if ON_GPU else 1.0, 0.45
+KERNELS = ("eager", "flash", "xformers") if ON_GPU else ("eager",)
+ATTENTION_BAR = 0.95 if ON_GPU else 0.8  # attention is a small part of a toy, and a processor is never quiet
+FUSED_BAR, ERROR_BAR, NUM_PAIRS = 1.5, 1e-4, 16384
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ def main() -> int:
     for case in LARGE if ON_GPU else (TOY,):
         with tempfile.TemporaryDirectory() as folder:
             rows += race(case, Path(folder), num_rounds, num_steps)
+    if ON_GPU:
+        rows += fused_rows()
     return report(rows, options.json)
 
 
@@ -121,7 +135,68 @@ def race(case: Case, folder: Path, num_rounds: int, num_steps: int) -> list[Row]
             print(f"{case.name} {fed}: FLOP utilisation {mfu:.3f}, of open_clip {their_mfu:.3f}")
         if peak and ON_GPU:  # a CPU's peak is a measurement beside which a toy's share says little
             rows.append(Row(claim=f"{case.name}, {fed}: FLOP utilisation", value=mfu, bar=MFU_BAR, sense=">="))
+    return rows + attention_rows(case, config, batch, folder, num_rounds)
+
+
+def attention_rows(case: Case, config: Any, batch: Batch, folder: Path, num_rounds: int) -> list[Row]:
+    """The default attention kernel beside each other one that runs here."""
+    rates: dict[str, list[float]] = {}
+    for number, name in product(range(num_rounds), ("sdpa", *KERNELS)):
+        config.attention.name = name
+        source = Repeated(batch, config.trainer.max_steps)
+        try:
+            rate = ours(config, source, folder / f"{name}-{number}")
+        except ConfigError as error:
+            print(f"{case.name}: {error.what}")
+            continue
+        rates.setdefault(name, []).append(rate)
+        print(f"{case.name}, synthetic, attention={name}: {rate:.1f} images/s")
+    default = statistics.median(rates.pop("sdpa"))
+    return [
+        Row(
+            claim=f"{case.name}, synthetic: images/s, attention=sdpa / {name}",
+            value=default / statistics.median(found),
+            bar=ATTENTION_BAR,
+            sense=">=",
+        )
+        for name, found in rates.items()
+    ]
+
+
+def fused_rows() -> list[Row]:
+    """Time of the tiled losses by torch / by the fused kernels, and how far their gradients are apart."""
+    rows = []
+    for kind in (InfoNCE, Sigmoid):
+        objective = kind(implementation="tiled").to(DEVICE)
+        with mock.patch.object(tiled, "maths_for", lambda x: tile_maths):
+            plain_seconds, plain = loss_and_gradient(objective)
+        seconds, fused = loss_and_gradient(objective)
+        print(f"{kind.__name__}, tiled: {1e3 * plain_seconds:.2f} ms by torch, {1e3 * seconds:.2f} ms fused")
+        claim = f"{kind.__name__} in tiles, {NUM_PAIRS} pairs"
+        error = float((fused - plain).norm() / plain.norm())
+        rows += [
+            Row(claim=f"{claim}: time, torch / fused", value=plain_seconds / seconds, bar=FUSED_BAR, sense=">="),
+            Row(claim=f"{claim}: gradient, fused - torch", value=error, bar=ERROR_BAR, sense="<="),
+        ]
     return rows
+
+
+def loss_and_gradient(objective: Any) -> tuple[float, torch.Tensor]:
+    """(median seconds of a pass forward and backward, the gradient of the images)."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(NUM_PAIRS, 512, generator=generator) for _ in range(2)]
+    leaves = [torch.nn.functional.normalize(x, dim=1).to(DEVICE).requires_grad_() for x in features]
+    batch = {"image_features": leaves[0], "text_features": leaves[1], "weights": torch.ones(NUM_PAIRS, device=DEVICE)}
+    seconds = []
+    for _ in range(12):
+        leaves[0].grad = leaves[1].grad = None
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        objective.loss(batch).sum.backward()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    assert leaves[0].grad is not None
+    return statistics.median(seconds[2:]), leaves[0].grad
 
 
 def configure(case: Case, folder: Path, num_steps: int) -> Any:

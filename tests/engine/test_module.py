@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vlm_train.engine.module import TrainingModule
+from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Cosine
 from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import lightning_trainer
 from vlm_train.imaging import recolour
+from vlm_train.models.attention import eager, sdpa
+from vlm_train.models.layers import Attention
 from vlm_train.objectives.infonce import InfoNCE
 from vlm_train.types import Batch
 
@@ -46,20 +48,29 @@ def make_batch(step: int, finish: Tensor | None) -> Batch:
     return batch if finish is None else Batch(**batch, finish=finish)
 
 
-def seen_by_the_model(finish: Tensor | None) -> list[Batch]:
-    model = Seeing()
+def trained(model: nn.Module, finish: Tensor | None = None, **options: Any) -> TrainingModule:
+    """Two steps."""
     module = TrainingModule(
         model=model,
         objective=InfoNCE(),
-        optim=AdamW(lr=1e-3, weight_decay=0.1, groups=[{"pattern": ".*", "lr": 1e-3, "weight_decay": 0.1}]),
+        optim=AdamW(
+            lr=1e-3, weight_decay=0.1, groups=[{"pattern": ".*", "lr": 1e-3, "weight_decay": 0.1}], ema_decay=0.9
+        ),
         schedule=Cosine(total_steps=2, warmup_steps=0),
         plan=StepPlan(global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0),
+        **options,
     )
     trainer: Any = lightning_trainer(
         accelerator="cpu", devices=1, num_nodes=1, strategy="single", precision="fp32", callbacks=[]
     )
     batches: Any = [make_batch(step, finish) for step in range(2)]
     trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
+    return module
+
+
+def seen_by_the_model(finish: Tensor | None) -> list[Batch]:
+    model = Seeing()
+    trained(model, finish)
     return model.seen
 
 
@@ -76,6 +87,20 @@ def test_colours_that_were_left_to_the_trainer_are_finished_before_the_model_see
 def test_a_batch_without_colours_to_finish_is_not_touched() -> None:
     for step, batch in enumerate(seen_by_the_model(None)):
         assert torch.equal(batch["images"], make_batch(step, None)["images"])
+
+
+class Attending(Seeing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(width=4, num_heads=1, depth=1)
+
+
+def test_the_kernel_of_attention_is_chosen_for_the_moving_average_too() -> None:
+    module = trained(Attending(), transforms=Transforms(attention="eager"))
+    assert module.averaged_model is not None
+    for model in (module.model, module.averaged_model):
+        assert model.attention.attend is eager
+    assert trained(Attending()).model.attention.attend is sdpa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

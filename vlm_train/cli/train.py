@@ -140,7 +140,9 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
 def _try_parts(config: Any) -> None:
     """Makes what needs neither data nor tokenizer, for its refusals: before a run is there, and not after indexing."""
     from vlm_train import build
+    from vlm_train.models import attention
 
+    attention.require(config.attention.name)
     for name in ("objective", "optim", "schedule"):
         try:
             build.make(config[name])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlm_train import __version__
+from vlm_train.models.layers import kernels_of
 
 
 def environment(model: nn.Module, device: torch.device, num_ranks: int) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def environment(model: nn.Module, device: torch.device, num_ranks: int) -> dict[
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parts": {name: count for name, count in parts.items() if count},
+        "attention": kernels_of(model),
         "device": device_name(device),
         "num_ranks": num_ranks,
         "num_cores": len(os.sched_getaffinity(0)),

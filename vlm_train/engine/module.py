@@ -20,24 +20,29 @@ from vlm_train.engine import sharding
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
+from vlm_train.models.attention import Backend
+from vlm_train.models.layers import choose_attention
 from vlm_train.objectives.base import Objective
 from vlm_train.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transforms:
-    """What is done to every block of the model, in place and in this order, before it is sharded.
+    """What is done to what trains, in place and in this order, before it is sharded.
 
-    `recompute`: activations inside a block are not kept but computed again in the backward pass (activation
-    checkpointing, arXiv 1604.06174). `compile`: torch.compile; one graph serves all equal blocks.
+    `attention`: the kernel of every attention of ours. Of every block of the model, `recompute`: activations inside are
+    not kept but computed again in the backward pass (activation checkpointing, arXiv 1604.06174); `compile`:
+    torch.compile, where one graph serves all equal blocks.
     """
 
+    attention: Backend = "sdpa"
     recompute: bool = False
     compile: bool = False
 
-    def apply(self, model: nn.Module) -> None:
-        """Parameter names stay as they are."""
-        for block in sharding.blocks_of(model):
+    def apply(self, module: TrainingModule, device: torch.device) -> None:
+        """Parameter names stay as they are. Raises ConfigError where the kernel cannot run on `device`."""
+        choose_attention(module, self.attention, device)
+        for block in sharding.blocks_of(module.model):
             if self.recompute:
                 checkpoint(block)
             if self.compile:
@@ -86,7 +91,8 @@ class TrainingModule(lightning.LightningModule):
         """Transforms the model, once, when the strategy knows where the ranks are."""
         if self.transforms is None:
             return
-        self.transforms.apply(self.model)
+        with self.trainer.precision_plugin.forward_context():
+            self.transforms.apply(self, self.trainer.strategy.root_device)
         if self.device_mesh is not None:
             for model in (self.model, self.averaged_model):
                 if model is not None:

@@ -5,7 +5,7 @@ Three decisions, each for a reason:
 1. Every module owns the initial values of its *own* parameters in `reset_parameters()` and never touches a child's. So
    weights can be created on the meta device, sharded, and filled in any order.
 2. Queries, keys and values are one packed linear `qkv` (rows: all queries, all keys, all values), the layout of
-   `nn.MultiheadAttention`. `attend` is the only place where attention is computed.
+   `nn.MultiheadAttention`. Attention itself is computed by `attention.py` alone.
 3. A class-token or end-of-text tower reads one position of its last block. `Block(..., read_B=positions)` computes
    that position only: keys and values of every token, but one query and one MLP row. The numbers are the same; of the
    block's 12 D^2 multiply-adds per token 2 D^2 remain, which is a fifth of a four-block tower.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.attention import KERNELS, Attend, Backend, attempt, sdpa, told
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -93,15 +94,6 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-def attend(q_BHQC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
-    """Scaled dot-product attention, [B, H, Q, C] with C channels per head. `mask` is bool, True where a key is read.
-
-    The only call of an attention kernel in the package. torch picks the kernel; on CPU the flash kernel reads the
-    strided views of the packed projection directly, faster than after a copy to contiguous heads.
-    """
-    return F.scaled_dot_product_attention(q_BHQC, k_BHTC, v_BHTC, attn_mask=mask, is_causal=causal)
-
-
 class Attention(nn.Module):
     """Multi-head attention with packed projections; self-attention unless `query_BQD` is given. What is read is written
     with `out_dim` numbers, `width` unless given."""
@@ -115,6 +107,7 @@ class Attention(nn.Module):
                 remedy=f"set num_heads to a divisor of {width}",
             )
         self.num_heads = num_heads
+        self.attend: Attend = sdpa
         self.qkv = Linear(width, 3 * width, std=width**-0.5)
         self.out = Linear(width, width if out_dim is None else out_dim, std=(2 * depth * width) ** -0.5)
 
@@ -130,7 +123,7 @@ class Attention(nn.Module):
             q = F.linear(query_BQD, weight[:width], bias[:width])
             k, v = F.linear(x_BTD, weight[width:], bias[width:]).split(width, dim=-1)
         heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v)]
-        return self.out(attend(*heads, mask=mask, causal=causal).transpose(1, 2).flatten(2))
+        return self.out(self.attend(*heads, mask=mask, causal=causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -191,6 +184,30 @@ class Block(nn.Module):
         per_read = 4.0 * width * width + 4.0 * num_tokens * width
         mlp = linear_flops(self.mlp.fc1, num_read) + linear_flops(self.mlp.fc2, num_read)
         return keys_values + per_read * num_read + mlp
+
+
+def choose_attention(model: nn.Module, name: Backend, device: torch.device) -> None:
+    """Every attention of ours in `model` is computed by the kernel `name` from now on, in the precision of the caller.
+
+    Raises:
+        ConfigError: the kernel cannot run on `device`.
+    """
+    is_cast = torch.is_autocast_enabled(device.type)
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        weight = attention.qkv.weight
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else weight.dtype
+        attempt(name, device, dtype, weight.shape[1] // attention.num_heads)
+        attention.attend = KERNELS[name]
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """Part of the model -> what computes its attention; parts whose attention is not ours are left out."""
+    found = {}
+    for part, tower in model.named_children():
+        kernels = {module.attend for module in tower.modules() if isinstance(module, Attention)}
+        if kernels:
+            found[part] = ", ".join(sorted(map(told, kernels)))
+    return found
 
 
 def make_blocks(
