@@ -1,6 +1,6 @@
 """The data parts of a run from the `data` part of its config: the only place that knows both.
 
-`data` is plain (dicts and lists), with the keys of `schema.DataConfig`, checked by `checks.py`.
+`data` is plain (dicts and lists), with the keys of `schema.DataConfig`, checked by `checks/data.py`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.checks import MAX_DENOMINATOR, check_weights
+from vlm_train.checks.data import MAX_DENOMINATOR, check_weights
 from vlm_train.data.order import Replacements, Stream
 from vlm_train.errors import ConfigError
 

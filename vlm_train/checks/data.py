@@ -1,0 +1,100 @@
+"""What the `data` part of a config must be: sources, selections, groups, what a stream can have, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from vlm_train.checks.values import LARGEST, is_number, is_place, is_text, require
+
+MAX_DENOMINATOR = 1 << 16
+"""The smallest share of a source in a mixture is one in so many samples."""
+
+
+def check_data(data: Mapping[str, Any], global_batch: int) -> None:
+    """Refuses what cannot run, once the range of each key holds. Raises ConfigError."""
+    _check_augment(data["augment"])
+    _check_shards(data)
+    _check_streaming(data)
+
+
+def check_weights(weights: Mapping[str, object]) -> None:
+    """Refuses weights of the sources of a mixture that no stream could have. Raises ConfigError."""
+    for name, weight in weights.items():
+        require(is_number(weight) and 0 < weight <= LARGEST,  # type: ignore[operator]
+                f"source `{name}` cannot have this weight", got=weight,
+                allowed="a number above 0; weights are relative to each other",
+                remedy=f"to train without `{name}`, take it out of the mixture")  # fmt: skip
+    total = sum(Fraction(str(weight)) for weight in weights.values())
+    for name, weight in weights.items():
+        require(Fraction(str(weight)) * MAX_DENOMINATOR >= total,
+                f"the weight of source `{name}` is too small beside the others", got=f"{weight} of {float(total)}",
+                allowed=f"at least 1/{MAX_DENOMINATOR} of the sum of the weights",
+                remedy=f"raise the weight of `{name}`, or take it out of the mixture")  # fmt: skip
+
+
+def _check_augment(augment: Mapping[str, Any]) -> None:
+    for key, low, high in (("scale", 0, 1), ("ratio", 1e-3, 1e3)):
+        ends = augment[key]
+        is_pair = len(ends) == 2 and all(map(is_number, ends))
+        require(is_pair and low < ends[0] <= ends[1] <= high, f"data.augment.{key} is no range", got=ends,
+                allowed=f"[low, high], {low} < low <= high <= {high}",
+                remedy="data.augment.scale=[0.9,1.0] data.augment.ratio=[0.75,1.3333]")  # fmt: skip
+
+
+def _check_shards(data: Mapping[str, Any]) -> None:
+    train, val = data["train"]["shards"], data["val"]["shards"]
+    require(not isinstance(val, Mapping), "data.val.shards is a mixture", got=val, allowed="one source",
+            remedy="evaluate each source by itself")  # fmt: skip
+    _check_source("data.val.shards", val)
+    if not isinstance(train, Mapping) or not train:
+        _check_source("data.train.shards", train)
+        require(not data["pure_batches"], "there is one source, so every batch is of one source",
+                got="data.pure_batches=true", allowed="false, or a mixture in data.train.shards",
+                remedy="data.pure_batches=false")  # fmt: skip
+        return
+    for name, source in train.items():
+        _check_member(f"data.train.shards.{name}", name, source)
+    check_weights({f"data.train.shards.{name}": source.get("weight", 1.0) for name, source in train.items()})
+    require(len(set(map(str, train))) == len(train), "two sources of data.train.shards have the same name",
+            got=", ".join(map(repr, train)), allowed="a name of its own for each", remedy="rename one")  # fmt: skip
+    require(data["selection"] is None, "data.selection is for a single source of data.train.shards",
+            got=f"data.selection={data['selection']}", allowed="one for each source",
+            remedy="data.train.shards.NAME.selection=DIR")  # fmt: skip
+    require(len(train) < 2 or data["epoch_end"] == "wrap", "the sources of data.train.shards have no common epoch",
+            got=f"data.epoch_end={data['epoch_end']}", allowed="wrap", remedy="data.epoch_end=wrap")  # fmt: skip
+
+
+def _check_source(key: str, shards: object) -> None:
+    listed = shards if isinstance(shards, list) else [shards]
+    require(bool(listed) and all(map(is_text, listed)), f"{key} names no shards", got=shards,
+            allowed="a folder, a glob, a brace pattern, a URL, or a list of these, as texts",
+            remedy=f"{key}='path/{{00000..00012}}.tar'")  # fmt: skip
+
+
+def _check_member(key: str, name: object, source: object) -> None:
+    is_named = isinstance(name, str | int) and not isinstance(name, bool) and bool(str(name).strip())
+    require(is_named, f"{key}: a source needs a name", got=repr(name), allowed="a text", remedy="rename it")
+    require(isinstance(source, Mapping) and "shards" in source and set(source) <= {"shards", "weight", "selection"},
+            f"{key} is no source of a mixture", got=source, allowed="shards, and if wanted weight and selection",
+            remedy=f"{key}={{shards: PATH, weight: 1.0}}")  # fmt: skip
+    assert isinstance(source, Mapping)
+    _check_source(f"{key}.shards", source["shards"])
+    selection = source.get("selection")
+    require(selection is None or is_place(selection), f"{key}.selection is no path on a local disk",
+            got=selection, allowed="the folder of a selection", remedy=f"{key}.selection=DIR")  # fmt: skip
+
+
+def _check_streaming(data: Mapping[str, Any]) -> None:
+    if not data["streaming"]:
+        return
+    require(not isinstance(data["train"]["shards"], Mapping), "a mixture cannot be streamed",
+            got="data.streaming=true, several sources in data.train.shards", allowed="one source",
+            remedy="data.streaming=false")  # fmt: skip
+    require(data["selection"] is None, "a selection needs a manifest, which a stream has not",
+            got=f"data.streaming=true data.selection={data['selection']}", allowed="data.selection=null",
+            remedy="data.streaming=false")  # fmt: skip
+    require(data["epoch_end"] == "wrap", "a stream cannot tell where its epoch ends before it does",
+            got=f"data.streaming=true data.epoch_end={data['epoch_end']}", allowed="data.epoch_end=wrap",
+            remedy="data.epoch_end=wrap")  # fmt: skip
