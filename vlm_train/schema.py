@@ -50,7 +50,7 @@ class TrainerConfig:
 @dataclass
 class SplitConfig:
     """Where a split lies: a folder, a glob, a brace pattern, a URL, or a list of these; for training also a mixture,
-    {name: {shards, weight, selection}}."""
+    {name: {shards, weight, selection, groups}}."""
 
     shards: Any = None
 
@@ -74,6 +74,7 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     selection: str | None = None
+    groups: Any = None  # {walk: DIR, size: N}: batches are made of groups of N samples that are alike
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     hard_captions: int = 0  # of KEY.json's `negatives`, how many each sample brings as further wrong answers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlm_train.checks.values import LARGEST, is_number, is_place, is_text, require
 
@@ -17,6 +17,11 @@ def check_data(data: Mapping[str, Any], global_batch: int) -> None:
     _check_augment(data["augment"])
     _check_shards(data)
     _check_streaming(data)
+    named = data["train"]["shards"]
+    sources = [(f"data.train.shards.{name}.", source) for name, source in named.items()] if _is_mixture(named) else []
+    for key, source in [("data.", data), *sources]:
+        if source.get("groups") is not None:
+            _check_groups(f"{key}groups", source["groups"], data["shuffle_window"], global_batch)
 
 
 def check_weights(weights: Mapping[str, object]) -> None:
@@ -48,7 +53,7 @@ def _check_shards(data: Mapping[str, Any]) -> None:
     require(not isinstance(val, Mapping), "data.val.shards is a mixture", got=val, allowed="one source",
             remedy="evaluate each source by itself")  # fmt: skip
     _check_source("data.val.shards", val)
-    if not isinstance(train, Mapping) or not train:
+    if not _is_mixture(train):
         _check_source("data.train.shards", train)
         require(not data["pure_batches"], "there is one source, so every batch is of one source",
                 got="data.pure_batches=true", allowed="false, or a mixture in data.train.shards",
@@ -59,11 +64,16 @@ def _check_shards(data: Mapping[str, Any]) -> None:
     check_weights({f"data.train.shards.{name}": source.get("weight", 1.0) for name, source in train.items()})
     require(len(set(map(str, train))) == len(train), "two sources of data.train.shards have the same name",
             got=", ".join(map(repr, train)), allowed="a name of its own for each", remedy="rename one")  # fmt: skip
-    require(data["selection"] is None, "data.selection is for a single source of data.train.shards",
-            got=f"data.selection={data['selection']}", allowed="one for each source",
-            remedy="data.train.shards.NAME.selection=DIR")  # fmt: skip
+    for key, example in (("selection", "DIR"), ("groups", "{walk: DIR, size: N}")):
+        require(data[key] is None, f"data.{key} is for a single source of data.train.shards",
+                got=f"data.{key}={data[key]}", allowed="one for each source",
+                remedy=f"data.train.shards.NAME.{key}={example}")  # fmt: skip
     require(len(train) < 2 or data["epoch_end"] == "wrap", "the sources of data.train.shards have no common epoch",
             got=f"data.epoch_end={data['epoch_end']}", allowed="wrap", remedy="data.epoch_end=wrap")  # fmt: skip
+
+
+def _is_mixture(shards: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(shards, Mapping) and bool(shards)
 
 
 def _check_source(key: str, shards: object) -> None:
@@ -76,8 +86,10 @@ def _check_source(key: str, shards: object) -> None:
 def _check_member(key: str, name: object, source: object) -> None:
     is_named = isinstance(name, str | int) and not isinstance(name, bool) and bool(str(name).strip())
     require(is_named, f"{key}: a source needs a name", got=repr(name), allowed="a text", remedy="rename it")
-    require(isinstance(source, Mapping) and "shards" in source and set(source) <= {"shards", "weight", "selection"},
-            f"{key} is no source of a mixture", got=source, allowed="shards, and if wanted weight and selection",
+    known = {"shards", "weight", "selection", "groups"}
+    require(isinstance(source, Mapping) and "shards" in source and set(source) <= known,
+            f"{key} is no source of a mixture", got=source,
+            allowed="shards, and if wanted weight, selection and groups",
             remedy=f"{key}={{shards: PATH, weight: 1.0}}")  # fmt: skip
     assert isinstance(source, Mapping)
     _check_source(f"{key}.shards", source["shards"])
@@ -86,15 +98,34 @@ def _check_member(key: str, name: object, source: object) -> None:
             got=selection, allowed="the folder of a selection", remedy=f"{key}.selection=DIR")  # fmt: skip
 
 
+def _check_groups(key: str, groups: object, shuffle_window: int, global_batch: int) -> None:
+    is_whole = isinstance(groups, Mapping) and set(groups) == {"walk", "size"}
+    require(is_whole, f"{key} does not say what its groups are", got=groups, allowed="walk and size, or null",
+            remedy=f"{key}={{walk: DIR, size: 2}}")  # fmt: skip
+    assert isinstance(groups, Mapping)
+    walk, size = groups["walk"], groups["size"]
+    require(is_place(walk), f"{key}.walk is no path on a local disk", got=walk, allowed="the folder of a walk",
+            remedy="vlm-train data walk SHARDS --run RUN --out DIR")  # fmt: skip
+    require(isinstance(size, int) and is_number(size) and size > 1 and global_batch % size == 0,
+            f"a global batch is no whole number of groups of {key}.size",
+            got=f"size {size}, trainer.global_batch={global_batch}",
+            allowed="a whole number above 1 that divides trainer.global_batch",
+            remedy="size: 2, 4 or 8, and trainer.global_batch a multiple of it")  # fmt: skip
+    require(shuffle_window > 0, "groups are shuffled, and data.shuffle_window=0 keeps the order of the files",
+            got=f"data.shuffle_window=0 {key}={groups}", allowed="a window above 0, or no groups",
+            remedy="data.shuffle_window=64")  # fmt: skip
+
+
 def _check_streaming(data: Mapping[str, Any]) -> None:
     if not data["streaming"]:
         return
     require(not isinstance(data["train"]["shards"], Mapping), "a mixture cannot be streamed",
             got="data.streaming=true, several sources in data.train.shards", allowed="one source",
             remedy="data.streaming=false")  # fmt: skip
-    require(data["selection"] is None, "a selection needs a manifest, which a stream has not",
-            got=f"data.streaming=true data.selection={data['selection']}", allowed="data.selection=null",
-            remedy="data.streaming=false")  # fmt: skip
+    for key, what in (("selection", "a selection needs"), ("groups", "groups need")):
+        require(data[key] is None, f"{what} a manifest, which a stream has not",
+                got=f"data.streaming=true data.{key}={data[key]}", allowed=f"data.{key}=null",
+                remedy="data.streaming=false")  # fmt: skip
     require(data["epoch_end"] == "wrap", "a stream cannot tell where its epoch ends before it does",
             got=f"data.streaming=true data.epoch_end={data['epoch_end']}", allowed="data.epoch_end=wrap",
             remedy="data.epoch_end=wrap")  # fmt: skip
