@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm_train.cli.options import Option, arguments, choice, needed, new_place, plain, whole
 from vlm_train.cli.progress import Ticker
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from vlm_train.build import Parts
@@ -37,7 +38,7 @@ def make_walk(words: list[str]) -> None:
     }
     shards, options = arguments(words, {"SHARDS": plain}, known, many=True)
     out, run = needed(options, "--out", "DIR"), open_run(needed(options, "--run", "RUN"), key="--run")
-    checkpoint = choose_checkpoint(run, options["--checkpoint"])
+    checkpoint, device = choose_checkpoint(run, options["--checkpoint"]), choose_device(options["--device"])
 
     import numpy as np
 
@@ -50,7 +51,8 @@ def make_walk(words: list[str]) -> None:
 
     open_manifest(shards, progress=Ticker("MB indexed"))
     source = ShardSource(shards=shards)
-    features, usable = _embedded(build.load(run.path, checkpoint=checkpoint), source, options)
+    parts = build.load(run.path, checkpoint=checkpoint)
+    features, usable = _embedded(parts, source, device, by=options["--by"], num_workers=options["--num-workers"])
     rows = np.flatnonzero(usable)[order_alike(features)]
     near, far = cosines(features)
     facts = {
@@ -69,24 +71,23 @@ def make_walk(words: list[str]) -> None:
     print(f"next: 'data.groups={{walk: {out}, size: {_EXAMPLE_SIZE}}}'")
 
 
-def _embedded(parts: Parts, source: Source, options: dict[str, Any]) -> Embedded:
+def _embedded(parts: Parts, source: Source, device: torch.device, *, by: str, num_workers: int) -> Embedded:
     """Unit features of the samples that can be used [M, D], in file order, and which of all these are [N]."""
     from vlm_train import build
     from vlm_train.data.pipeline import EvalLoader
     from vlm_train.evaluation.base import Embedder
 
-    device = choose_device(options["--device"])
     loader = EvalLoader(
         source=source,
         encoder=build.encoder(parts, train=False),
         batch_size=parts.config.evaluation.batch_size,
         rank=0,
         world_size=1,
-        num_workers=options["--num-workers"],
+        num_workers=num_workers,
     )
     autocast = build.AUTOCAST.get(parts.config.precision.name)
     embedder = Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
-    features, usable = _collect(embedder, loader, len(source), by=options["--by"])
+    features, usable = _collect(embedder, loader, len(source), by=by)
     if len(features) < 2:
         raise DataError("there are no neighbours", got=f"{len(features)} samples that can be used",
                         allowed="two or more", remedy="vlm-train data verify SHARDS --mode full")  # fmt: skip
