@@ -121,9 +121,9 @@ def cut_once(key, words):
 
 def test_every_epoch_cuts_elsewhere_and_leaves_out_others(monkeypatch):
     times = left_out(order_of(30, 4, wraps=False))
-    assert times.sum() == 60 * 6 and times.min() > 0  # measured 5 to 20
+    assert times.sum() == 60 * 6 and times.min() > 0  # measured 5 to 18
     together = companions(order_of(32, 4))
-    assert together.min() > 0.55 and together.max() < 0.92  # three of four; measured 0.65 to 0.85
+    assert together.min() > 0.55 and together.max() < 0.92  # three of four; measured 0.70 to 0.79
     monkeypatch.setattr(grouped, "derive", cut_once)
     assert left_out(order_of(30, 4, wraps=False)).max() == 60
     assert set(companions(order_of(32, 4)).tolist()) == {0, 1}
@@ -164,8 +164,8 @@ def test_companions_are_harder_than_chance():
         scores[:, np.arange(64), np.arange(64)] = -1
         return float(scores.max(axis=2).mean())
 
-    assert hardest(GroupedOrder(groups=groups, wraps=True, **common)) > 0.9  # measured 0.94; the nearest of all: 0.957
-    assert hardest(WindowedOrder(shuffle_window=64, **common)) < 0.85  # the control
+    assert hardest(GroupedOrder(groups=groups, wraps=True, **common)) > 0.9  # measured 0.944
+    assert hardest(WindowedOrder(shuffle_window=64, **common)) < 0.8  # the control; measured 0.715
 
 
 @pytest.fixture(scope="module")
