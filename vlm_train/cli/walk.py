@@ -10,13 +10,15 @@ from vlm_train.cli.trained import choose_checkpoint, choose_device, open_run
 from vlm_train.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
     from vlm_train.build import Parts
+    from vlm_train.engine.rundir import RunDirectory
     from vlm_train.evaluation.base import Embed
     from vlm_train.types import Batch, Source
 
@@ -38,8 +40,22 @@ def make_walk(words: list[str]) -> None:
     }
     shards, options = arguments(words, {"SHARDS": plain}, known, many=True)
     out, run = needed(options, "--out", "DIR"), open_run(needed(options, "--run", "RUN"), key="--run")
-    checkpoint, device = choose_checkpoint(run, options["--checkpoint"]), choose_device(options["--device"])
+    checkpoint = choose_checkpoint(run, options["--checkpoint"])
+    write_walk(shards, run, checkpoint, out, device=choose_device(options["--device"]), by=options["--by"],
+               num_workers=options["--num-workers"])  # fmt: skip
 
+
+def write_walk(
+    shards: Sequence[str],
+    run: RunDirectory,
+    checkpoint: Path,
+    out: Path,
+    *,
+    device: torch.device,
+    by: str,
+    num_workers: int,
+) -> None:
+    """Embeds, orders, saves, and tells how near neighbours are."""
     import numpy as np
 
     from vlm_train import build
@@ -52,13 +68,13 @@ def make_walk(words: list[str]) -> None:
     open_manifest(shards, progress=Ticker("MB indexed"))
     source = ShardSource(shards=shards)
     parts = build.load(run.path, checkpoint=checkpoint)
-    features, usable = _embedded(parts, source, device, by=options["--by"], num_workers=options["--num-workers"])
+    features, usable = _embedded(parts, source, device, by=by, num_workers=num_workers)
     rows = np.flatnonzero(usable)[order_alike(features)]
     near, far = cosines(features)
     facts = {
         "run": str(run.path),
         "checkpoint": f"{checkpoint.name}@{checkpoints.identity(checkpoint)}",
-        "by": options["--by"],
+        "by": by,
         "num_unusable": int((~usable).sum()),
         "cosine_of_neighbours": near,
         "cosine_of_any_two": far,
