@@ -168,6 +168,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "convert.convert",
     ):
         monkeypatch.setattr(f"vlm_train.data.{name}", lambda *args, **kwargs: Nothing())
+    monkeypatch.setattr("vlm_train.cli.walk.open_run", lambda path, key: Nothing())
+    monkeypatch.setattr("vlm_train.cli.walk.choose_checkpoint", lambda run, path: Nothing())
+    monkeypatch.setattr("vlm_train.cli.walk.write_walk", lambda *args, **kwargs: None)
     monkeypatch.setattr("vlm_train.data.verify.verify", lambda *args, mode, **kwargs: Verdict(mode, 0, 0, 0))
     monkeypatch.setattr("vlm_train.cli.stats_page.lines", lambda found: [])
     monkeypatch.setattr("vlm_train.cli.stats_page.write_page", lambda path, title, found: None)
@@ -270,12 +273,14 @@ def test_the_scene_of_the_data_document_is_real() -> None:
     assert all(f"`{key}`" in text_of("data.md") for key in further)
 
 
-def test_the_selection_of_the_data_document_runs(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = fences(text_of("data.md"), "python")
+def test_the_code_of_the_data_document_runs(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, walked = fences(text_of("data.md"), "python")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "openmoji").symlink_to(scenes)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "data.md", "exec"), {})
+    for code in (chosen, walked):
+        exec(compile(code, "data.md", "exec"), {})
+    assert json.loads((tmp_path / "walks/labels/provenance.json").read_text())["rule"] == "by label"
     provenance = json.loads((tmp_path / "selections/animals/provenance.json").read_text())
     assert provenance["rule"] == "animals and nature" and provenance["num_rows"] > 0
 

@@ -2,7 +2,7 @@
 
 1. Dataclasses give every root key and every key of the plain groups a type; Hydra merges YAML and overrides into them,
    so a misspelt key cannot pass silently.
-2. `check` refuses impossible values and combinations (checks.py: what, got, allowed, remedy).
+2. `check` refuses impossible values and combinations (`checks`: what, got, allowed, remedy).
 3. Keys of `_target_` nodes are compared with the constructor they name (signatures.py).
 4. `learning_view` is the part of a config that says what is learned. Two configs with an equal view may resume each
    other's runs; everything else is the machine's business.
@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from vlm_train.checks import check_values
+from vlm_train.checks.config import check_values
 from vlm_train.errors import ConfigError, nearest
 from vlm_train.locations import identity, in_texts
 from vlm_train.signatures import check_targets
@@ -50,7 +50,7 @@ class TrainerConfig:
 @dataclass
 class SplitConfig:
     """Where a split lies: a folder, a glob, a brace pattern, a URL, or a list of these; for training also a mixture,
-    {name: {shards, weight, selection}}."""
+    {name: {shards, weight, selection, groups}}."""
 
     shards: Any = None
 
@@ -74,6 +74,7 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     selection: str | None = None
+    groups: Any = None  # {walk: DIR, size: N}: batches are made of groups of N samples that are alike
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     hard_captions: int = 0  # of KEY.json's `negatives`, how many each sample brings as further wrong answers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_train.checks import said
+from vlm_train.checks.values import said
 from vlm_train.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent

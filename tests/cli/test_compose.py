@@ -48,6 +48,13 @@ def message(*words: str) -> str:
         ("data.train.shards=7", ["data.train.shards names no shards"]),
         ("data.train.shards=[true]", ["data.train.shards names no shards"]),
         ("data.train.shards={a: {shards: null}, b: {shards: x}}", ["data.train.shards.a.shards names no shards"]),
+        ("data.groups=8", ["data.groups does not say", "walk and size"]),
+        ("data.groups={walk: w}", ["data.groups does not say", "walk and size"]),
+        ("data.groups={walk: 'https://h/w', size: 8}", ["data.groups.walk is no path"]),
+        ("data.groups={walk: w, size: 7}", ["data.groups.size", "divides trainer.global_batch"]),
+        ("data.groups={walk: w, size: 1}", ["data.groups.size", "above 1"]),
+        ("data.groups={walk: w, size: true}", ["data.groups.size", "above 1"]),
+        ("data.train.shards={a: {shards: x, groups: {walk: w, size: 7}}}", ["data.train.shards.a.groups.size"]),
         ("data.pure_batches=true", ["there is one source", "data.pure_batches"]),
         ("data.train.shards={a: {shards: x, selection: 5}}", ["data.train.shards.a.selection"]),
         ("data.train.shards={a: {shards: x, weight: 0}}", ["data.train.shards.a", "above 0"]),
@@ -94,6 +101,20 @@ def message(*words: str) -> str:
 def test_a_mistake_is_answered_with_what_would_have_been_right(word: str, expected: list[str]) -> None:
     text = message(word)
     assert all(part in text for part in expected), text
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("data.shuffle_window=0", "groups are shuffled"),
+        ("data.streaming=true data.epoch_end=wrap", "groups need a manifest"),
+        ("data.train.shards={a:{shards:x}}", "data.groups is for a single source"),
+    ],
+)
+def test_groups_do_not_contradict_what_else_is_said(other: str, said: str) -> None:
+    groups = "data.groups={walk: w, size: 8}"
+    assert compose_config([groups]).data.groups == {"walk": "w", "size": 8}
+    assert said in message(groups, *other.split())
 
 
 def test_brace_patterns_need_no_second_quoting() -> None:

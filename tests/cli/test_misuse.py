@@ -31,6 +31,8 @@ data make scenes a b|data import openmoji a b|data index a --foo|data index a --
 data verify a --mode --json x|data verify a --mode fast --mode full|data verify a --mode quick|data verify a --json
 data verify a --mode sample --share nan|data verify a --mode sample --share 0|data verify a --mode sample --share -1
 data verify a --mode sample --share 7|data verify a --share 0.5|data verify a --mode full --share 0.5
+data walk a|data walk a --out b|data walk a --run full --out b|data walk a --run x --out full|data walk a --by x
+data walk a --out b --run x --num-workers -1|data walk a --out b --run x --foo 1
 data verify a --json nowhere/x|data verify a --json .|data stats a --out nowhere/x|data stats a --out .
 data select a --out b|data select a --where true|data select a --where true --out file|data select a --out file/b
 data convert a|data convert a --out file|data convert a --out file/x.beton|data convert a --out b --max-samples 0
@@ -57,7 +59,7 @@ data import coco URL URL OUT|data import coco file full URL|data import coco fil
 data import openmoji URL|data import openmoji OUT --size URL|data make scenes URL|data make scenes OUT --size URL
 data make scenes OUT --val-fraction=URL|data verify file --mode URL|data verify file --share URL
 data verify file --json URL|data verify file --selection URL|data verify file --URL|data stats file --out URL
-data select file --out URL
+data select file --out URL|data walk file --out URL|data walk file --out OUT --run URL|data walk file --by URL
 data select file --where URL --out full --weight|data convert file --out URL|data index URL --x|data index ftp:URL
 data index a::URL::nowhere|configs URL|configs list URL|configs show URL|configs show objective/URL
 configs show data=URL|configs show URL=5|configs keys nothing=URL|predict URL|predict run=URL|predict run=full out=URL

@@ -1,6 +1,7 @@
 """Small shards of every kind, and a tokenizer that needs no file."""
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -130,3 +131,8 @@ def merged(batches):
     assert len({batch["step"] for batch in batches}) == 1
     facts = {"text_ids": padded("text_ids"), "text_mask": padded("text_mask"), "step": batches[0]["step"], **lists}
     return facts | {name: tensor.numpy().tobytes() for name, tensor in whole.items()}
+
+
+def stream_of(loaders, num=None):
+    """The merged batches of the first `num` steps."""
+    return [merged(batches) for batches in itertools.islice(zip(*loaders, strict=True), num)]

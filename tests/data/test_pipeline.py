@@ -1,9 +1,8 @@
-import itertools
 import json
 
 import numpy as np
 import pytest
-from data_fixtures import BAD, COUNTS, DROPPED, NUM_STEPS, G, loader_of, merged, write_dataset
+from data_fixtures import BAD, COUNTS, DROPPED, NUM_STEPS, G, loader_of, stream_of, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +23,6 @@ def selection(source):
     mask = np.ones(len(source), bool)
     mask[list(DROPPED)] = False
     return Selection.from_mask(mask, manifest=source.fingerprint)
-
-
-def stream_of(loaders, num=None):
-    return [merged(batches) for batches in itertools.islice(zip(*loaders, strict=True), num)]
 
 
 @pytest.fixture(scope="module")

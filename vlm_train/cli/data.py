@@ -1,10 +1,11 @@
-"""`vlm-train data`: datasets from what people have (`import`, `make`), and what is done with shards (`cli/shards`)."""
+"""`vlm-train data`: datasets from what people have (`import`, `make`), what is done with shards (`cli/shards`), and the
+walk that a trained model makes through them (`cli/walk`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlm_train.cli import shards
+from vlm_train.cli import shards, walk
 from vlm_train.cli.options import (
     Action,
     Option,
@@ -44,6 +45,9 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            which samples count (and how often), by a condition on the manifest's columns
        vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
            tars to one FFCV file, or anything to tars
+       vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]
+                                        [--num-workers 1]
+           the samples in an order in which neighbours are alike to a trained model, for data.groups (hard negatives)
 SHARDS are tars, .beton files, folders of these or of images, globs, 'path/{00000..00012}.tar', or URLs of tars
 (https:// s3:// gs://)"""
 
@@ -58,7 +62,7 @@ def main(words: list[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS}
+    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, "walk": walk.make_walk}
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
 
 

@@ -179,6 +179,14 @@ def arguments(
     }
 
 
+def needed(options: Mapping[str, Any], name: str, value: str) -> Any:
+    """The value of an option that must be given. Raises ConfigError."""
+    if options[name] is None:
+        raise ConfigError(f"{name} is missing", got=f"no {name}", allowed=f"{name} {value}",
+                          remedy=f"add {name} {value}")  # fmt: skip
+    return options[name]
+
+
 def _check_option(name: str, options: Mapping[str, Option], texts: Mapping[str, str]) -> None:
     if name not in options:
         close = nearest(name, options)

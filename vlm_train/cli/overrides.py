@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from vlm_train.checks import said
+from vlm_train.checks.values import said
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, nearest
 

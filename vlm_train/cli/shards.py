@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm_train.cli.options import (
     Action,
@@ -15,6 +15,7 @@ from vlm_train.cli.options import (
     choice,
     count,
     local,
+    needed,
     new_place,
     out_file,
     out_folder,
@@ -105,7 +106,7 @@ def _select(words: list[str]) -> None:
 
     known = {"--where": Option(plain), "--weight": Option(plain), "--out": Option(out_folder)}
     shards, options = arguments(words, _SHARDS, known, many=True)
-    out, where, weight = _needed(options, "--out", "DIR"), options["--where"], options["--weight"]
+    out, where, weight = needed(options, "--out", "DIR"), options["--where"], options["--weight"]
     if where is None and weight is None:
         raise ConfigError("nothing is selected", got="neither --where nor --weight",
                           allowed="--where CONDITION, --weight EXPRESSION, or both",
@@ -126,7 +127,7 @@ def _convert(words: list[str]) -> None:
 
     known = {"--out": Option(new_place), "--selection": Option(local), "--max-samples": Option(count())}
     shards, options = arguments(words, _SHARDS, known, many=True)
-    out, max_samples = _needed(options, "--out", "FILE.beton|FOLDER"), options["--max-samples"]
+    out, max_samples = needed(options, "--out", "FILE.beton|FOLDER"), options["--max-samples"]
     if max_samples is not None and out.suffix == ".beton":
         raise ConfigError("--max-samples is for tars", got=f"--out {out} --max-samples {max_samples}",
                           allowed="a .beton holds all samples", remedy="leave out --max-samples")  # fmt: skip
@@ -142,13 +143,6 @@ def _convert(words: list[str]) -> None:
         print(f"{done.num_pixels} images are stored as pixels: FFCV decodes upright RGB JPEG alone")
     if done.num_errors:
         print(f"{done.num_errors} samples could not be converted: {done.errors}")
-
-
-def _needed(options: Mapping[str, Any], name: str, value: str) -> Path:
-    if options[name] is None:
-        raise ConfigError(f"{name} is missing", got=f"no {name}", allowed=f"{name} {value}",
-                          remedy=f"add {name} {value}")  # fmt: skip
-    return options[name]
 
 
 def _apart_from(shards: Sequence[str], name: str, path: Path) -> Path:

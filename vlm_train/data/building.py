@@ -1,6 +1,6 @@
 """The data parts of a run from the `data` part of its config: the only place that knows both.
 
-`data` is plain (dicts and lists), with the keys of `schema.DataConfig`, checked by `checks.py`.
+`data` is plain (dicts and lists), with the keys of `schema.DataConfig`, checked by `checks/data.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from vlm_train.data.captions import MAX_SAMPLES, CaptionStream, every_sample
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.files import StorageOptions
+from vlm_train.data.grouped import Groups
 from vlm_train.data.indexing import Progress, open_manifest
 from vlm_train.data.manifest import Manifest
 from vlm_train.data.selection import Selection
@@ -21,6 +22,7 @@ from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps, mixture_of
 from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes
+from vlm_train.data.walk import Walk
 from vlm_train.errors import ConfigError
 from vlm_train.types import Batch
 
@@ -34,7 +36,7 @@ def manifests(data: Data, split: str, progress: Progress | None = None) -> Itera
     if split == "train" and data["streaming"]:
         tars(data["train"]["shards"], _options(data))  # a missing shard is an error before the run starts
         return
-    for _, source in _named(data[split]["shards"], None):
+    for _, source in _named(data[split]["shards"]):
         yield open_manifest(source["shards"], progress, _options(data))
 
 
@@ -67,7 +69,7 @@ class TrainSplit:
                 allowed="data.streaming=false",
                 remedy="leave out the probe evaluator",
             )
-        for _, source in _named(self._data["train"]["shards"], None):
+        for _, source in _named(self._data["train"]["shards"]):
             yield from self._loader_of(source=ShardSource(shards=source["shards"], options=_options(self._data)))
 
     def captions(self) -> Iterator[str]:
@@ -107,31 +109,32 @@ def train_captions(data: Data, max_samples: int = MAX_SAMPLES) -> CaptionStream:
         options = _options(data)
         tapes = ShuffledTapes(tars(data["train"]["shards"], options), seed=0, buffer=0, options=options)
         return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), max_samples))
-    named = _named(data["train"]["shards"], None)
+    named = _named(data["train"]["shards"])
     sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
     samples = partial(every_sample, max_samples=max_samples)
     return CaptionStream(lambda: itertools.chain.from_iterable(map(samples, sources)))
 
 
-def _named(shards: Any, selection: str | None) -> list[tuple[str, dict[str, Any]]]:
-    """(name, {shards, weight, selection}) of each source; a single one has no name."""
+def _named(shards: Any, alone: Mapping[str, Any] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, {shards, weight, selection, groups}) of each source; a single one has no name, and what `alone` says."""
+    absent = {"weight": 1.0, "selection": None, "groups": None}
     if isinstance(shards, Mapping):
-        return [(str(name), {"weight": 1.0, "selection": None, **source}) for name, source in shards.items()]
-    return [("", {"shards": shards, "weight": 1.0, "selection": selection})]
+        return [(str(name), {**absent, **source}) for name, source in shards.items()]
+    return [("", {**absent, **(alone or {}), "shards": shards})]
 
 
 def _ingredients(data: Data, spec: StreamSpec) -> list[Ingredient]:
-    return [
-        _ingredient(data, name, source, spec) for name, source in _named(data["train"]["shards"], data["selection"])
-    ]
+    alone = {key: data[key] for key in ("selection", "groups")}
+    return [_ingredient(data, name, source, spec) for name, source in _named(data["train"]["shards"], alone)]
 
 
 def _ingredient(data: Data, name: str, described: Mapping[str, Any], spec: StreamSpec) -> Ingredient:
     source = ShardSource(shards=described["shards"], options=_options(data))
-    where = described["selection"]
+    where, asked = described["selection"], described["groups"]
     selection = Selection.load(Path(where), source.fingerprint) if where else Selection.all(len(source))
-    source.expect(selection, spec.shuffle_window)
-    return Ingredient(name=name, source=source, selection=selection, weight=described["weight"])
+    groups = Groups(walk=Walk.load(asked["walk"], source.fingerprint), size=asked["size"]) if asked else None
+    source.expect(selection, len(source.manifest.shards) if groups else spec.shuffle_window)
+    return Ingredient(name=name, source=source, selection=selection, groups=groups, weight=described["weight"])
 
 
 def _options(data: Data) -> StorageOptions:

@@ -11,7 +11,8 @@ Quarterly 1974).
 How many samples of a source came before a position is arithmetic: whole tables times n_s, and a look into the table.
 So nothing is stored for a source, and each wraps through its own epochs by its own order (`order.Stream`). One source
 alone is a mixture of one: D = 1, and its positions are those of the stream. Where the samples of a batch are to come
-from one source, so that a loss does not learn to tell sources apart, a place of the table is a block of positions.
+from one source, so that a loss does not learn to tell sources apart, or samples of a source are to stay together
+(`grouped`), a place of the table is a block of positions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.checks import MAX_DENOMINATOR, check_weights
+from vlm_train.checks.data import MAX_DENOMINATOR, check_weights
 from vlm_train.data.order import Replacements, Stream
 from vlm_train.errors import ConfigError
 

@@ -92,8 +92,40 @@ class _Layout:
     window_keys: NDArray[np.uint64]
 
 
-class WindowedOrder:
-    """Position within an epoch -> manifest row.
+class Order:
+    """Position within an epoch -> manifest row: a permutation of the slots of a selection.
+
+    `groups` tells how samples are kept together, "" where each goes its own way.
+
+    Args:
+        selection: which rows count, and how often.
+        shard_starts: [num_shards + 1] first row of each shard, and the end.
+
+    Raises:
+        DataError: no sample is kept.
+    """
+
+    groups = ""
+
+    def __init__(self, *, selection: Selection, shard_starts: NDArray[np.int64]) -> None:
+        self.selection, self.shard_starts = selection, shard_starts
+        if not len(self):
+            raise DataError("no sample is left to train on", got="0 kept samples", remedy="loosen `data.selection`")
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    def rows(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Manifest row [n] at each of `positions` [n], all within [0, len(self)) of one epoch."""
+        raise NotImplementedError
+
+    def replacements(self, row: int) -> Replacements:
+        """The rows to try, in order, when the sample at `row` is bad."""
+        return Replacements(self.selection, self.shard_starts, row)
+
+
+class WindowedOrder(Order):
+    """Position within an epoch -> manifest row, shuffled within windows of shards.
 
     Args:
         selection: which rows count, and how often.
@@ -108,17 +140,12 @@ class WindowedOrder:
     def __init__(
         self, *, selection: Selection, shard_starts: NDArray[np.int64], seed: int, shuffle_window: int
     ) -> None:
-        self.selection, self.shard_starts = selection, shard_starts
+        super().__init__(selection=selection, shard_starts=shard_starts)
         self.seed, self.shuffle_window = seed, shuffle_window
         self._layouts: dict[int, _Layout] = {}
-        if not len(self):
-            raise DataError("no sample is left to train on", got="0 kept samples", remedy="loosen `data.selection`")
-
-    def __len__(self) -> int:
-        return len(self.selection)
 
     def rows(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Manifest row [n] at each of `positions` [n], all within [0, len(self)) of one epoch."""
+        """See `Order.rows`."""
         return self.selection.select(self.slots(epoch, positions), self.seed, epoch)
 
     def slots(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -147,10 +174,6 @@ class WindowedOrder:
                 self._layouts.pop(min(self._layouts))
             self._layouts[epoch] = _Layout(slot_starts, shard_starts[:-1], shard_starts[edges], window_keys)
         return self._layouts[epoch]
-
-    def replacements(self, row: int) -> Replacements:
-        """The rows to try, in order, when the sample at `row` is bad."""
-        return Replacements(self.selection, self.shard_starts, row)
 
 
 class Replacements(Iterator[int]):
@@ -197,7 +220,7 @@ class Stream:
         DataError: `drop` with fewer samples than one global batch.
     """
 
-    def __init__(self, *, order: WindowedOrder, global_batch: int, epoch_end: EpochEnd) -> None:
+    def __init__(self, *, order: Order, global_batch: int, epoch_end: EpochEnd) -> None:
         num_kept = len(order)
         whole = num_kept // global_batch * global_batch
         padded = -(-num_kept // global_batch) * global_batch

@@ -8,6 +8,7 @@ the shards after it), so all topologies replace it alike, and the report of it t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,9 +20,11 @@ from torch.utils.data import Dataset
 
 from vlm_train.data.collate import Draft, SampleEncoder
 from vlm_train.data.decode import SampleError
+from vlm_train.data.grouped import GroupedOrder, Groups
 from vlm_train.data.mixture import Member, Mixture
-from vlm_train.data.order import EpochEnd, Stream, WindowedOrder, source_seed
+from vlm_train.data.order import EpochEnd, Order, Stream, WindowedOrder, source_seed
 from vlm_train.data.selection import Selection
+from vlm_train.data.walk import Walk
 from vlm_train.errors import ConfigError, DataError, VlmError
 from vlm_train.types import Batch, RawSample, Source, rank_share
 
@@ -49,10 +52,12 @@ class StreamSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingredient:
-    """One source of a run: its samples, which of them count, and its part of the stream relative to the others."""
+    """One source of a run: its samples, which of them count, which stay together, and its part of the stream relative
+    to the others."""
 
     source: Source
     selection: Selection
+    groups: Groups | None = None
     name: str = ""
     weight: float = 1.0
 
@@ -122,7 +127,8 @@ class TrainSteps(StreamSteps):
 
     Raises:
         ConfigError: more ranks than samples in a global batch, or weights and names that make no mixture.
-        DataError: a selection is not of its source, keeps nothing, or less than `epoch_end: drop` needs.
+        DataError: a selection or a walk is not of its source; a selection keeps nothing, less than `epoch_end: drop`
+            needs, or repeats samples that are to come in groups.
     """
 
     def __init__(
@@ -137,11 +143,13 @@ class TrainSteps(StreamSteps):
     def definition(self) -> dict[str, Any]:
         """See `StreamSteps.definition`. Of several sources the hashes are hashed, so that the state stays small."""
         members = self.mixture.members
-        selections = [member.stream.order.selection.fingerprint for member in members]
+        orders = [member.stream.order for member in members]
+        groups = [order.groups for order in orders]
         return {
             **super().definition(),
             "manifest": _joined([member.manifest for member in members]),
-            "selection": _joined(selections),
+            "selection": _joined([order.selection.fingerprint for order in orders]),
+            "groups": _joined(groups) if any(groups) else None,
             "mixture": self.mixture.fingerprint,
         }
 
@@ -242,28 +250,39 @@ def report_of(source: Source, row: int, error: DataError) -> dict[str, Any]:
 
 
 def mixture_of(ingredients: Sequence[Ingredient], spec: StreamSpec) -> Mixture:
-    """The order in which the samples of all sources come. Raises as TrainSteps does."""
-    block = spec.global_batch if spec.pure_batches and len(ingredients) > 1 else 1
-    return Mixture([_member(ingredient, spec) for ingredient in ingredients], block=block)
+    """The order in which the samples of all sources come; their groups stay whole. Raises as TrainSteps does."""
+    sizes = [ingredient.groups.size for ingredient in ingredients if ingredient.groups is not None]
+    block = spec.global_batch if spec.pure_batches else math.lcm(*sizes)
+    return Mixture([_member(each, spec) for each in ingredients], block=block if len(ingredients) > 1 else 1)
 
 
 def _member(ingredient: Ingredient, spec: StreamSpec) -> Member:
-    source, selection = ingredient.source, ingredient.selection
-    if selection.num_rows != len(source) or selection.manifest not in (None, source.fingerprint):
-        raise DataError(
-            "the selection was made for other data",
-            got=f"{selection.num_rows} rows of manifest {selection.manifest}",
-            allowed=f"{len(source)} rows of manifest {source.fingerprint}",
-            remedy="make the selection again on these shards",
-        )
-    order = WindowedOrder(
-        selection=selection,
-        shard_starts=source.shard_starts,
-        seed=source_seed(spec.seed, ingredient.name),
-        shuffle_window=spec.shuffle_window,
-    )
-    stream = Stream(order=order, global_batch=spec.global_batch, epoch_end=spec.epoch_end)
+    source = ingredient.source
+    stream = Stream(order=_order(ingredient, spec), global_batch=spec.global_batch, epoch_end=spec.epoch_end)
     return Member(name=ingredient.name, weight=ingredient.weight, stream=stream, manifest=source.fingerprint)
+
+
+def _order(ingredient: Ingredient, spec: StreamSpec) -> Order:
+    source, selection, groups = ingredient.source, ingredient.selection, ingredient.groups
+    _check_belongs("selection", selection, source)
+    seed = source_seed(spec.seed, ingredient.name)
+    if groups is None:
+        return WindowedOrder(
+            selection=selection, shard_starts=source.shard_starts, seed=seed, shuffle_window=spec.shuffle_window
+        )
+    _check_belongs("walk", groups.walk, source)
+    wraps = spec.epoch_end == "wrap"
+    return GroupedOrder(groups=groups, selection=selection, shard_starts=source.shard_starts, seed=seed, wraps=wraps)
+
+
+def _check_belongs(what: str, part: Selection | Walk, source: Source) -> None:
+    if part.num_rows != len(source) or part.manifest not in (None, source.fingerprint):
+        raise DataError(
+            f"the {what} was made for other data",
+            got=f"{part.num_rows} rows of manifest {part.manifest}",
+            allowed=f"{len(source)} rows of manifest {source.fingerprint}",
+            remedy=f"make the {what} again on these shards",
+        )
 
 
 def _joined(hashes: list[str]) -> str:

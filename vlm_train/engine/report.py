@@ -94,6 +94,7 @@ def _facts(config: Mapping[str, Any], events: Rows, machine: Mapping[str, Any]) 
     yield "Training data", _paths(data["train"]["shards"])
     yield "Validation data", _paths(data["val"]["shards"])
     yield "Selection", str(data.get("selection") or "")
+    yield "Groups", "{size} neighbours on {walk}".format_map(data["groups"]) if data.get("groups") else ""
     yield "Steps", f"{trainer['max_steps']:,} of {trainer['global_batch']:,} samples"
     peak = f"peak rate {number(config['optim']['lr'])}"
     yield "Optimiser", f"{_class(config['optim'])}, {peak}, {_class(config['schedule'])}"
