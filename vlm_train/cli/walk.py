@@ -121,7 +121,7 @@ def _collect(embedder: Embed, batches: Iterable[Batch], num: int, *, by: str) ->
     filled = done = 0
     for batch in batches:
         keep = counted(batch)
-        sides = [embedder.images(batch["images"])] if by != "text" else []
+        sides = [embedder.images(batch)] if by != "text" else []
         sides += [embedder.texts(batch["captions"])] if by != "image" else []
         found = torch.cat(sides, dim=1)[keep.to(sides[0].device)] / len(sides) ** 0.5
         check_unit(found, "Features")
