@@ -64,11 +64,15 @@ def test_a_type_that_is_held_out_is_no_negative(tmp_path, kind):
     for index in range(60):
         whole = make_sample(index, seed=0, size=32, corruption={})[1]
         part = make_sample(index, seed=0, size=32, corruption={}, hold_out=kind)[1]
-        assert whole["png"] == part["png"] and whole["txt"] == part["txt"]
+        assert whole["png"] == part["png"]
         first, second = json.loads(whole["json"]), json.loads(part["json"])
         false = [row["false"] for row in first["contrasts"] if row["type"] == kind]
         assert second["negatives"] == [text for text in first["negatives"] if text not in false]
-        assert {**first, "negatives": []} == {**second, "negatives": []}
+        rest = {"negatives": [], "captions": []}
+        assert {**first, **rest} == {**second, **rest}
+        twins = [row["true"] for row in first["contrasts"] if row["false"] in second["negatives"]]
+        assert set(second["captions"]) <= set(twins) or second["captions"] == first["captions"]
+        assert part["txt"].decode() == second["captions"][0]
         num_same += len(first["negatives"]) - len(second["negatives"]) - len(false)
     assert (num_same > 0) == (kind == "order")
     with pytest.raises(ConfigError, match="no such type"):

@@ -29,6 +29,8 @@ from vlm_train.data.scenes.world import COLORS, SHAPES, WHOLE, World
 CONTRASTS = ("attribute", "replacement", "relation", "order", "count", "negation")
 """In which one way a false caption may differ from the true one: two things have exchanged their colours; one has a
 colour that is not in the scene; the opposite relation; subject and object exchanged; another number; yes for no."""
+COMPLETE = ("attribute", "replacement", "relation", "order")
+"""Those whose true side names every object of the scene, as captions do."""
 PREFIXES = ("a picture of", "an image of", "a drawing of", "here we see")
 
 

@@ -8,7 +8,8 @@ below 100.
 KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes}] with the box of the visible pixels
 (x1, y1 exclusive), `relations` [{subject, predicate, object}] by position in `regions`, `counts`, `negations` (true
 statements of absence), `contrasts` [{true, false, type}] (a false caption beside its true twin), `negatives` (those
-false captions; a type that is held out is left out of them, and so never trained on), `qa`, `conversations`,
+false captions; a type that is held out is left out of them, and so never trained on, and the captions are then the true
+twins of those that are left), `qa`, `conversations`,
 `contexts`, and `corruption` where the sample was damaged on purpose.
 """
 
@@ -29,7 +30,15 @@ from PIL import Image
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.scenes.claims import Listing, Thing, View
 from vlm_train.data.scenes.corruption import check_corruption, corrupt_image, pick_corruption
-from vlm_train.data.scenes.language import CONTRASTS, captions_of, contrasts_of, counts_of, negations_of, relations_of
+from vlm_train.data.scenes.language import (
+    COMPLETE,
+    CONTRASTS,
+    captions_of,
+    contrasts_of,
+    counts_of,
+    negations_of,
+    relations_of,
+)
 from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
 from vlm_train.data.scenes.render import box_of, render
 from vlm_train.data.scenes.world import WHOLE, World, check_world, sample_scene
@@ -132,8 +141,10 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None, world:
     contrasts = contrasts_of(rng, view, world)
     held_out = {row["false"] for row in contrasts if row["type"] == hold_out}  # two types may give the same text
     questions = questions_of(rng, view, world)
+    captions, trained = captions_of(rng, view), [row for row in contrasts if row["false"] not in held_out]
+    twins = [row["true"] for row in trained if row["type"] in COMPLETE]
     return {
-        "captions": captions_of(rng, view),
+        "captions": twins if hold_out and twins else captions,
         "regions": [
             {
                 "phrase": thing.name,
@@ -146,7 +157,7 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None, world:
         "relations": [{"subject": row[0], "predicate": row[1], "object": row[2]} for row in relations_of(view)],
         "counts": counts_of(view),
         "negations": negations_of(rng, view, world),
-        "negatives": [row["false"] for row in contrasts if row["false"] not in held_out],
+        "negatives": [row["false"] for row in trained],
         "contrasts": contrasts,
         "qa": questions,
         "conversations": conversation_of(rng, questions),
