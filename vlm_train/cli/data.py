@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm_train.cli import shards
-from vlm_train.cli.options import Action, Option, arguments, choice, count, local, out_folder, plain, share, whole
+from vlm_train.cli.options import (
+    Action,
+    Option,
+    arguments,
+    choice,
+    count,
+    local,
+    out_folder,
+    plain,
+    several,
+    share,
+    whole,
+)
 from vlm_train.cli.progress import Ticker
 from vlm_train.data.writer import Summary
 from vlm_train.errors import ConfigError, nearest
@@ -20,6 +32,7 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            ARO's visual_genome_relation.json or visual_genome_attribution.json, for evaluation=composition
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
                                         [--hold-out attribute|relation|order|count|negation]
+                                        [--modalities depth,audio,motion]
            rendered scenes with complete ground truth; a type of false caption may be held out of training
        vlm-train data index SHARDS ...
            the manifest of shards (made on first use anyway)
@@ -106,6 +119,7 @@ def _make(words: list[str]) -> None:
 def _make_scenes(words: list[str]) -> None:
     from vlm_train.data.scenes.language import CONTRASTS
     from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
+    from vlm_train.data.scenes.senses import SENSES
 
     known = {
         "--num-samples": Option(count(_MOST_SCENES), 10_000),
@@ -113,6 +127,7 @@ def _make_scenes(words: list[str]) -> None:
         "--size": Option(whole(SMALLEST_SIDE, _LARGEST_SIDE), 64),
         "--val-fraction": Option(share(zero=True, one=False), 0.1),
         "--hold-out": Option(choice(*CONTRASTS)),
+        "--modalities": Option(several(*SENSES), []),
     }
     (out,), options = arguments(words, {"OUT": out_folder}, known)
     summary = make_scenes(
@@ -122,6 +137,7 @@ def _make_scenes(words: list[str]) -> None:
         size=options["--size"],
         val_fraction=options["--val-fraction"],
         hold_out=options["--hold-out"],
+        modalities=options["--modalities"],
         progress=Ticker("scenes"),
     )
     _tell(summary)

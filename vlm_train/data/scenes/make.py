@@ -9,7 +9,7 @@ KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes
 (x1, y1 exclusive), `relations` [{subject, predicate, object}] by position in `regions`, `counts`, `negations` (true
 statements of absence), `contrasts` [{true, false, type}] (a false caption beside its true twin), `negatives` (those
 false captions; a type that is held out is left out of them, and so never trained on), `qa`, `conversations`,
-`contexts`, and `corruption` where the sample was damaged on purpose.
+`contexts`, and `corruption` where the sample was damaged on purpose. Further modalities, if wanted: see `senses`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlm_train.data.parallel import map_in_processes
@@ -30,8 +29,9 @@ from vlm_train.data.scenes.claims import Listing, Thing, View
 from vlm_train.data.scenes.corruption import check_corruption, corrupt_image, pick_corruption
 from vlm_train.data.scenes.language import CONTRASTS, captions_of, contrasts_of, counts_of, negations_of, relations_of
 from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
-from vlm_train.data.scenes.render import box_of, render
-from vlm_train.data.scenes.world import sample_scene
+from vlm_train.data.scenes.render import Rendering, box_of, render
+from vlm_train.data.scenes.senses import SENSES, sense
+from vlm_train.data.scenes.world import Scene, sample_scene
 from vlm_train.data.writer import DatasetWriter, Progress, Summary, hash_fraction, to_json
 from vlm_train.errors import ConfigError
 
@@ -47,6 +47,7 @@ def make_scenes(
     val_fraction: float = 0.1,
     corruption: Mapping[str, float] | None = None,
     hold_out: str | None = None,
+    modalities: Sequence[str] = (),
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -60,6 +61,7 @@ def make_scenes(
         val_fraction: share of the scenes that go to `val`.
         corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
         hold_out: a type of contrast (attribute, relation, order, count, negation) that `negatives` shall not have.
+        modalities: what a sample has beside picture and texts: some of depth, audio, motion.
         num_workers: processes; None is one for each core.
         progress: called after each scene.
 
@@ -70,13 +72,17 @@ def make_scenes(
     corruption = dict(corruption or {})
     check_corruption(corruption)
     _check(num_samples, size, val_fraction, hold_out)
+    modalities = [name for name in SENSES if name in set(_known(modalities))]
     parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
     parameters |= {"val_fraction": val_fraction, "corruption": corruption}
     parameters |= {"hold_out": hold_out} if hold_out else {}  # datasets of before are still the same
+    parameters |= {"modalities": modalities} if modalities else {}
     with DatasetWriter(Path(out), parameters=parameters) as writer:
         if writer.finished is not None:
             return writer.finished
-        make = partial(make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out)
+        make = partial(
+            make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out, modalities=modalities
+        )
         kinds: Counter[str] = Counter()
         for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
             split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
@@ -97,11 +103,25 @@ def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | Non
         )
 
 
+def _known(modalities: Sequence[str]) -> Sequence[str]:
+    for name in modalities:
+        if name not in SENSES:
+            raise ConfigError("scenes have no such modality", got=name, allowed=", ".join(SENSES))
+    return modalities
+
+
 def make_sample(
-    index: int, *, seed: int, size: int, corruption: Mapping[str, float], hold_out: str | None = None
+    index: int,
+    *,
+    seed: int,
+    size: int,
+    corruption: Mapping[str, float],
+    hold_out: str | None = None,
+    modalities: Sequence[str] = (),
 ) -> tuple[str | None, dict[str, bytes]]:
-    """The kind of corruption (or None) and the parts `png`, `txt`, `json` of scene `index`."""
-    image, view, background = _see(f"scene {seed} {index}", size)
+    """The kind of corruption (or None) and the parts of scene `index`: `png`, `txt`, `json`, those of `modalities`."""
+    scene, drawn, view = _see(f"scene {seed} {index}", size)
+    image = drawn.image
     truth = describe(random.Random(f"text {seed} {index}"), view, hold_out)
     rng = random.Random(f"corruption {seed} {index}")
     kind = pick_corruption(rng, corruption)
@@ -110,10 +130,11 @@ def make_sample(
         truth["captions"] = _false_captions(rng, view, size)
     elif kind is not None:
         image, truth["corruption"] = corrupt_image(rng, image, kind)
-    truth |= {"background": background, "source": "scenes"}
+    truth |= {"background": scene.background, "source": "scenes"}
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", compress_level=1)
-    return kind, {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
+    parts = {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
+    return kind, parts | sense(scene, drawn.masks, f"{seed} {index}", modalities)
 
 
 def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dict[str, Any]:
@@ -143,15 +164,15 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None) -> dic
     }
 
 
-def _see(key: str, size: int) -> tuple[np.ndarray, View, str]:
+def _see(key: str, size: int) -> tuple[Scene, Rendering, View]:
     scene = sample_scene(random.Random(key), size)
     drawn = render(scene)
     things = [Thing.of(item, box_of(mask)) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
-    return drawn.image, things, scene.background
+    return scene, drawn, things
 
 
 def _false_captions(rng: random.Random, view: View, size: int) -> list[str]:
     while True:
-        _, other, _ = _see(f"mismatch {rng.getrandbits(64)}", size)
+        _, _, other = _see(f"mismatch {rng.getrandbits(64)}", size)
         if not Listing(tuple(other)).verdict(view):
             return captions_of(rng, other)
