@@ -167,6 +167,7 @@ def test_tests_mirror_the_package() -> None:
 
 
 def test_objective_files_and_configs_have_the_same_names() -> None:
-    configs = {path.stem for path in (ROOT / "conf/objective").glob("*.yaml")}
+    """But for those that are put together of objectives with files of their own."""
+    configs = {path.stem for path in (ROOT / "conf/objective").glob("*.yaml")} - {"imagebind"}
     files = {path.stem for path in (PACKAGE / "objectives").glob("*.py")}
     assert configs <= files

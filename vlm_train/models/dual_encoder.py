@@ -129,15 +129,19 @@ class DualEncoder(nn.Module):
 
         In training with `patch_dropout` also `draws`, which decide which patches are read.
         """
+        return {
+            "image_features": self.image_features(batch),
+            "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
+        }
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Unit vectors [B, E] of a batch's images, in training of the patches that are read."""
         fields: Any = batch
         kept_BK = None
         if self._leaves_out:
             tower = cast(PatchTower, self.vision)
             kept_BK = kept_patches(batch["draws"], num_patches=tower.num_patches, num_kept=self._num_kept(tower))
-        return {
-            "image_features": self.encode_image(fields[self.image_field], kept_BK),
-            "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
-        }
+        return self.encode_image(fields[self.image_field], kept_BK)
 
     @property
     def _leaves_out(self) -> bool:

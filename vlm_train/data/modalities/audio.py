@@ -1,8 +1,9 @@
 """KEY.wav, flac, mp3 or ogg as a picture of sound: log-mel energies in windows of 25 ms, one every 10 ms.
 
-Channels are averaged. Bands are laid out in Hertz, from 0 to 8,000, over the spectrum at the file's own rate, so a sound
-has the same picture at any rate that can hold it and nothing is resampled. A longer sound gives its middle, a shorter one
-is followed by silence. Windows, step and bands are those of AST and ImageBind (arXiv 2104.01778, 2305.05665).
+Channels are averaged. Bands are laid out in Hertz, from 0 to 8,000, over the spectrum at the file's own rate, so a
+sound has the same picture at any rate that can hold it and nothing is resampled. A longer sound gives its middle, a
+shorter one is followed by silence. Windows, step and bands are those of AST and ImageBind (arXiv 2104.01778,
+2305.05665).
 
 Only the part that is wanted is decoded, so a header that claims hours costs nothing.
 """
