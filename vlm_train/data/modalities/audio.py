@@ -30,6 +30,7 @@ FLOOR = 1e-10
 """What is quieter, as a share of a sine of amplitude 1, is as good as silence."""
 MAX_SAMPLES = 1 << 24  # of all channels, in the part that is decoded
 _MAX_RATE = 384_000
+_RUN_UP = 1 << 15  # samples decoded before the first that is wanted: the frames of an MP3 lean on those before them
 _FINEST = 16.0  # Hertz between two points of a spectrum, at most: no band of 128 is without one
 
 _MAGICS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")
@@ -92,8 +93,10 @@ def decode_audio(data: bytes, seconds: float) -> tuple[NDArray[np.float64], int]
             num_wanted = round(seconds * file.samplerate)
             if file.samplerate > _MAX_RATE or num_wanted * file.channels > MAX_SAMPLES:
                 raise SampleError("audio_too_large", got=f"{file.channels} channels at {file.samplerate} Hz")
-            file.seek(max(0, file.frames - num_wanted) // 2)
-            samples = file.read(num_wanted, dtype="float64", always_2d=True)
+            start = max(0, file.frames - num_wanted) // 2
+            file.seek(max(0, start - _RUN_UP))
+            run_up = min(start, _RUN_UP)
+            samples = file.read(run_up + num_wanted, dtype="float64", always_2d=True)[run_up:]
             num_there = min(num_wanted, file.frames)
             if len(samples) < max(1, num_there) or not np.isfinite(samples).all():
                 raise SampleError("audio_corrupt", got=f"{len(samples)} samples", allowed=f"{num_there}, all finite")
