@@ -32,6 +32,9 @@ NEEDS = {
     ("compile", "blocks"): "a minute",
     ("objective", "distill"): "tests/cli/test_distilled_runs.py",
     ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
+    ("objective", "imagebind"): "tests/cli/test_bound_runs.py",
+    ("model", "bound_h14"): "its towers' sizes are checked by plan and by hand",
+    ("experiment", "imagebind"): "tests/cli/test_bound_runs.py",
 }
 EXTRA = {
     ("strategy", "ddp"): [],
@@ -40,6 +43,7 @@ EXTRA = {
     ("schedule", "wsd"): ["schedule.decay_steps=1"],
     ("optim", "adamw_frozen_text"): ["model=clip_minilm"],
     ("optim", "adamw_frozen_vision"): ["model=efficientnet_tiny"],
+    ("optim", "adamw_frozen_anchor"): ["model=bound_tiny"],
     ("objective", "sigmoid"): ["model=siglip_tiny"],
     ("objective", "distill"): ["objective.teacher=runs/teacher"],
     ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],

@@ -92,7 +92,8 @@ def test_values_are_normalised_and_every_one_is_read() -> None:
 @pytest.mark.parametrize(
     ("reads", "patch"),
     [
-        ({"name": "smell", "shape": [8, 20]}, [8, 5]), ({"name": "audio"}, [8, 5]), ({"name": "audio", "shape": [8]}, [8]),
+        ({"name": "smell", "shape": [8, 20]}, [8, 5]), ({"name": "audio"}, [8, 5]),
+        ({"name": "audio", "shape": [8]}, [8]),
         ({"name": "audio", "shape": [8, 20]}, [8, 6]), ({"name": "audio", "shape": [8, 20]}, [0, 5]),
         ({"name": "audio", "shape": [8, 20], "rate": 1}, [8, 5]),
     ],

@@ -1,4 +1,4 @@
-"""Pairs of any two modalities: rows that lack one do not count, and the gradient is one process's, however it is cut."""
+"""Pairs of any two modalities: rows that lack one do not count, and no cut of the batch changes the gradient."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def one_step(num_micro_batches: int, *, implementation: str = "gathered", wrong:
         whole["there"] = torch.ones_like(whole["there"])
     start, stop = rank_share(NUM_ROWS, rank, world_size)
     batch = Batch(**{key: value[start:stop] for key, value in whole.items()})  # type: ignore[typeddict-item]
-    micro_batch = -(-(-(-NUM_ROWS // world_size)) // num_micro_batches)
+    largest = -(-NUM_ROWS // world_size)
+    micro_batch = -(-largest // num_micro_batches)
     plan = StepPlan(global_batch=NUM_ROWS, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=0)
     model, objective = Towers(), make(implementation=implementation)
     step = GradientStep(model=model, objective=objective, plan=plan)

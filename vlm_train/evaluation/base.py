@@ -34,7 +34,7 @@ class Embed(Protocol):
         fp32 [B, D], L2-normalised."""
 
     def others(self, name: str, batch: Batch) -> Tensor:
-        """What a batch has of modality `name` -> fp32 [B, D], L2-normalised; rows that have none are told by `there`."""
+        """What a batch has of modality `name` -> fp32 [B, D], L2-normalised; `there` tells the rows that have it."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """N strings -> fp32 [N, D], L2-normalised. N may differ between ranks and may be 0."""
@@ -112,7 +112,8 @@ class Embedder:
         known = list(getattr(self.model, "others", ()))
         if name not in known:
             raise ConfigError(
-                f"{type(self.model).__name__} has no tower that reads {name}", got=f"others: {', '.join(known) or 'none'}",
+                f"{type(self.model).__name__} has no tower that reads {name}",
+                got=f"others: {', '.join(known) or 'none'}",
                 allowed="a model with that tower, such as model=bound_tiny",
                 remedy=f"leave out the evaluators of {name}, or change the model",
             )  # fmt: skip

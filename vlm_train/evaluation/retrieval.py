@@ -84,8 +84,8 @@ class Retrieval:
 
         Returns:
             `text_to_image`, `image_to_text` (of another item: its name): {"R@k": percent}; `num_pairs` captions and
-            `num_images` (`num_items`); `chance` and `chance_image_to_text`: what a scorer that knows nothing gets (they differ where images have several
-            captions); `interval_95`: Wilson intervals with images as the trials.
+            `num_images` (`num_items`); `chance` and `chance_image_to_text`: what a scorer that knows nothing gets (they
+            differ where images have several captions); `interval_95`: Wilson intervals with images as the trials.
 
         Raises:
             DataError: no image at all, or an image without a caption.

@@ -1,8 +1,8 @@
 """One space for more than image and text: ImageBind (arXiv 2305.05665).
 
-A dual encoder, and beside it a tower with a projection for each further modality, `others`. Nothing binds two of them to
-each other but the pairs of the objective: where all are paired with images, text finds sound although no text was ever
-seen beside a sound.
+A dual encoder, and beside it a tower with a projection for each further modality, `others`. Nothing binds two of them
+to each other but the pairs of the objective: where all are paired with images, text finds sound although no text was
+ever seen beside a sound.
 """
 
 from __future__ import annotations

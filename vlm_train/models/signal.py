@@ -1,7 +1,8 @@
 """A transformer over what is no picture: depth, a spectrogram, readings over time.
 
-Whatever it is lies on a rectangle, which is cut into patches of a shape of its own; the rest is a vision transformer with
-a class token, as ImageBind (arXiv 2305.05665) has one for each modality. Its patches of sound overlap, ours do not.
+Whatever it is lies on a rectangle, which is cut into patches of a shape of its own; the rest is a vision transformer
+with a class token, as ImageBind (arXiv 2305.05665) has one for each modality. Its patches of sound overlap, ours do
+not.
 """
 
 from __future__ import annotations

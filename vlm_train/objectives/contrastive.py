@@ -44,9 +44,9 @@ class Contrastive(CoupledObjective):
         implementation: how it is computed; the result is the same but for rounding. `gathered`: every feature on every
             rank, logits of [b, N]. `tiled`: texts travel round the ranks and logits exist a tile at a time, O(b d).
             `auto`: tiled where gathered would take more than `GATHERED_SHARE` of the device's memory.
-        pair: the two that are matched: image, text, or names of `MODALITIES`. A sample counts where it has both. What is
-            said of images here and in `Pairing` holds of the first, and what of texts of the second; hard captions are
-            wrong answers only where that is `text`.
+        pair: the two that are matched: image, text, or names of `MODALITIES`. A sample counts where it has both. What
+            is said of images here and in `Pairing` holds of the first, and what of texts of the second; hard captions
+            are wrong answers only where that is `text`.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class Contrastive(CoupledObjective):
         return rows
 
     def features(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """`image_features` and `text_features` [B, D] (of the pair's first and second), `weights` [B]; hard captions and
-        contents where needed."""
+        """`image_features` and `text_features` [B, D] (of the pair's first and second), `weights` [B]; hard captions
+        and contents where needed."""
         num_pairs, is_hard = len(batch["text_ids"]), "hard_text_ids" in batch and self.pair[1] == "text"
         outputs = model(_with_hard_captions(batch) if is_hard else batch)
         image_BD, text_ED = (outputs[f"{name}_features"] for name in self.pair)

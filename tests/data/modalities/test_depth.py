@@ -86,5 +86,7 @@ def claiming(side):
 )  # fmt: skip
 def test_what_is_no_depth_is_told(data, reason):
     with pytest.raises(SampleError) as caught:
-        read_depth({"depth.png": data}, {}, Plan(width=4, height=4, box=(0, 0, 4, 4), resized=(4, 4), size=4), (1, 4, 4))
+        read_depth(
+            {"depth.png": data}, {}, Plan(width=4, height=4, box=(0, 0, 4, 4), resized=(4, 4), size=4), (1, 4, 4)
+        )
     assert caught.value.reason == reason

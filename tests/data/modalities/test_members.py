@@ -1,4 +1,4 @@
-"""Members of modalities reach a batch from tars read, streamed and converted; they are part of the uid; .beton refuses."""
+"""Members of modalities reach a batch from tars read, streamed and converted, and the uid; .beton refuses them."""
 
 import json
 
@@ -76,9 +76,7 @@ def test_beton_refuses_by_name_and_damage_is_found(tmp_path, tars):
     done = convert(str(tars), tmp_path / "a.beton")
     assert (done.num_written, done.num_errors) == (1, 3)
     rows = [json.loads(line) for line in done.errors.read_text().splitlines()]
-    assert {(row["reason"], row["detail"]) for row in rows} == {
-        ("part_not_text", "['depth.png', 'wav', 'motion.npy']")
-    }
+    assert {(row["reason"], row["detail"]) for row in rows} == {("part_not_text", "['depth.png', 'wav', 'motion.npy']")}
     members = [(f"{n}.{name}", content) for n in range(4) for name, content in scene(n).items()]
     for place, (number, name) in enumerate(((1, "depth.png"), (2, "wav"), (3, "motion.npy"))):
         row = next(i for i, (member, _) in enumerate(members) if member == f"{number}.{name}")
