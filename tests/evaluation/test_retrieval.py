@@ -118,7 +118,7 @@ def with_sound(all_captions: list[list[str]], there: list[bool]) -> Iterator[Bat
 
 def test_texts_find_another_modality_among_the_samples_that_have_it() -> None:
     captions, there = [[f"item {i}"] for i in range(11)], [i % 3 > 0 for i in range(11)]
-    result = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(), with_sound(captions, there))
+    result = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(2.0), with_sound(captions, there))
     kept = [each for each, is_there in zip(captions, there, strict=True) if is_there]
 
     class Kept(ToyEmbedder):  # image i of those that are left lies where it lay
@@ -128,12 +128,12 @@ def test_texts_find_another_modality_among_the_samples_that_have_it() -> None:
             shown[:, 0, 0, 0] = numbers[shown[:, 0, 0, 0].long()]
             return super().images(Batch(images=shown))
 
-    plain = Retrieval(ks=(1, 2)).run(Kept(), batches(kept, 7))
+    plain = Retrieval(ks=(1, 2)).run(Kept(2.0), batches(kept, 7))
     assert result["text_to_audio"] == plain["text_to_image"] and result["audio_to_text"] == plain["image_to_text"]
     assert result["num_items"] == plain["num_images"] == 7 and result["chance"]["R@1"] == pytest.approx(100 / 7)
-    everything = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(), with_sound(captions, [True] * 11))  # the twin
+    everything = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(2.0), with_sound(captions, [True] * 11))  # the twin
     assert everything["num_items"] == 11 and everything["text_to_audio"] != result["text_to_audio"]
     with pytest.raises(DataError, match="nothing to evaluate"):
-        Retrieval(item="audio").run(ToyEmbedder(), with_sound(captions, [False] * 11))
+        Retrieval(item="audio").run(ToyEmbedder(2.0), with_sound(captions, [False] * 11))
     with pytest.raises(ConfigError, match="texts cannot find this"):
         Retrieval(item="smell")

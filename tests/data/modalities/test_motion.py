@@ -43,7 +43,8 @@ GOOD = npy(np.zeros((2, 6), np.float32))
     [
         (b"", "motion_corrupt"), (b"numbers", "motion_corrupt"), (GOOD[:-1], "motion_corrupt"),
         (GOOD + b"x", "motion_corrupt"), (npy(np.zeros(6)), "motion_corrupt"),
-        (npy(np.zeros((3, 6))), "motion_corrupt"), (npy(np.zeros((2, 0))), "motion_corrupt"), (npy(np.full((2, 6), np.nan)), "motion_corrupt"),
+        (npy(np.zeros((3, 6))), "motion_corrupt"), (npy(np.zeros((2, 0))), "motion_corrupt"),
+        (npy(np.full((2, 6), np.nan)), "motion_corrupt"),
         (npy(np.full((2, 6), 1e300)), "motion_corrupt"), (npy(np.zeros((2, 6), complex)), "motion_corrupt"),
         (npy(np.array([[print]], object), allow_pickle=True), "motion_corrupt"),
         (GOOD.replace(b"(2, 6)", b"(-2,6)"), "motion_corrupt"),
