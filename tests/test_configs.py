@@ -33,7 +33,6 @@ NEEDS = {
     ("objective", "distill"): "tests/cli/test_distilled_runs.py",
     ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
     ("objective", "imagebind"): "tests/cli/test_bound_runs.py",
-    ("model", "bound_h14"): "its towers' sizes are checked by plan and by hand",
     ("experiment", "imagebind"): "tests/cli/test_bound_runs.py",
 }
 EXTRA = {
@@ -57,11 +56,17 @@ RESNET = [
     "model.embed_dim=32",
     *TEXT,
 ]
+OTHERS = [
+    f"model.others.{name}.{size}"
+    for name in ("depth", "audio", "motion")
+    for size in ("width=32", "num_layers=1", "num_heads=2")
+]
 LARGE = {  # choices of published size, cut down
     **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16"), TOWERS),
     "siglip_b16": [*TOWERS, "objective=sigmoid"],
     "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
     "clip_rn50": RESNET,
+    "bound_h14": [*TOWERS, *OTHERS],
 }
 SMALL = ["trainer.max_steps=2", "trainer.global_batch=6", "schedule.warmup_steps=1", "data.num_workers=0"]
 
