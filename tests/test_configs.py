@@ -34,6 +34,8 @@ NEEDS = {
     ("objective", "distill"): "tests/cli/test_distilled_runs.py",
     ("objective", "weighted"): "tests/cli/test_distilled_runs.py",
     ("experiment", "distill_b32"): "tests/cli/test_distilled_runs.py",
+    ("objective", "imagebind"): "tests/cli/test_bound_runs.py",
+    ("experiment", "imagebind"): "tests/cli/test_bound_runs.py",
 }
 EXTRA = {
     ("strategy", "ddp"): [],
@@ -42,6 +44,7 @@ EXTRA = {
     ("schedule", "wsd"): ["schedule.decay_steps=1"],
     ("optim", "adamw_frozen_text"): ["model=clip_minilm"],
     ("optim", "adamw_frozen_vision"): ["model=efficientnet_tiny"],
+    ("optim", "adamw_frozen_anchor"): ["model=bound_tiny"],
     ("objective", "sigmoid"): ["model=siglip_tiny"],
     ("objective", "captioning"): ["model=coca_tiny"],
     ("objective", "coca"): ["model=coca_tiny"],
@@ -63,12 +66,18 @@ RESNET = [
     "model.embed_dim=32",
     *TEXT,
 ]
+OTHERS = [
+    f"model.others.{name}.{size}"
+    for name in ("depth", "audio", "motion")
+    for size in ("width=32", "num_layers=1", "num_heads=2")
+]
 LARGE = {  # choices of published size, cut down
     **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16", "finetune", "distill_b32"), TOWERS),
     "siglip_b16": [*TOWERS, "objective=sigmoid"],
     "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
     "clip_rn50": RESNET,
     "coca_b32": COCA,
+    "bound_h14": [*TOWERS, *OTHERS],
 }
 SMALL = ["trainer.max_steps=2", "trainer.global_batch=6", "schedule.warmup_steps=1", "data.num_workers=0"]
 

@@ -35,6 +35,7 @@ from vlm_train.engine.bad_samples import record_left_out
 from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
+from vlm_train.models.bound_encoder import BoundEncoder
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
 from vlm_train.schema import plain, read_config
@@ -109,7 +110,14 @@ def network(config: DictConfig, tokenizer: Tokenizer, *, with_values: bool = Tru
         model = make(node, {"text": text})
     objective = make(config.objective)
     check_outputs(objective, model.outputs)
+    _narrow(model, objective)
     return Parts(config=config, tokenizer=tokenizer, model=model, objective=objective)
+
+
+def _narrow(model: nn.Module, objective: Objective) -> None:
+    """Towers that the objective does not ask for are not run."""
+    if isinstance(model, BoundEncoder):
+        model.give_only(objective.requires)
 
 
 def encoder(parts: Parts, *, train: bool) -> SampleEncoder:
@@ -200,6 +208,7 @@ def bind_teachers(parts: Parts) -> None:
         if isinstance(objective, Distill):
             teacher = load(Path(objective.teacher))
             _check_teacher(parts, teacher, objective.teacher)
+            _narrow(teacher.model, objective)
             objective.bind(teacher.model)
 
 

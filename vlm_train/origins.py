@@ -69,14 +69,21 @@ def start_checkpoint(init: str) -> Path:
     return path
 
 
-def start(parts: Any, weights: Mapping[str, Mapping[str, Any]], *, whose: str) -> None:
+def start(parts: Any, weights: Mapping[str, Mapping[str, Any]], *, whose: str) -> list[str]:
     """Fills model and objective with `trained_weights`, positions resized; parts without memory are only compared.
+
+    Returns:
+        Towers that these weights do not have. Where there are any the objective keeps its first values, too: it binds
+        what was not there.
 
     Raises:
         ConfigError: anything else that differs, by name.
     """
     adapt.load_weights(parts.model, weights["model"], whose=whose)
-    adapt.load_weights(parts.objective, weights["objective"], whose=whose)
+    new = adapt.new_towers(parts.model, weights["model"])
+    if not new:
+        adapt.load_weights(parts.objective, weights["objective"], whose=whose)
+    return new
 
 
 def run_of(checkpoint: Path) -> RunDirectory:

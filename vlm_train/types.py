@@ -83,6 +83,9 @@ class BatchRows(TypedDict, total=False):
     hard_counts: Tensor  # [B, H] bool, False where a sample has fewer than H
     contents: Tensor  # [B, 2] int64: hashes of the image and of the caption
     regions: Tensor  # [B, N, F] int64: boxes and names of what stands in the picture, see data/modalities/regions.py
+    depth: Tensor  # [B, 1, S, S] float32 in 0..1: the depth of the picture's pixels, see data/modalities/depth.py
+    audio: Tensor  # [B, M, T] float32: a log-mel spectrogram, see data/modalities/audio.py
+    motion: Tensor  # [B, C, T] float32: readings of C channels, see data/modalities/motion.py
     there: Tensor  # [B, len(MODALITIES)] bool: which of these the sample has
     draws: Tensor  # [B] int64: a random number of the sample at its place in the stream, for randomness in the model
     captions: list[str]  # the caption that text_ids encodes
@@ -101,7 +104,7 @@ class Batch(BatchRows, total=False):
     errors: list[dict[str, Any]]  # samples that could not be read: {shard, key, row, reason}
 
 
-MODALITIES = ("regions",)
+MODALITIES = ("regions", "depth", "audio", "motion")
 """What a sample may have beside its image and its text: each a field of the batch, read in `data/modalities/`."""
 
 NUM_REGION_BUCKETS = 4096

@@ -22,10 +22,11 @@ TINY = (
 MACHINE_COLUMNS = ("samples_per_second", "data_wait", "mfu")
 
 
-def make_scenes(folder: Path, num_samples: int = 240) -> Path:
-    """A scenes dataset below `folder` through the command line."""
+def make_scenes(folder: Path, num_samples: int = 240, *extra: str) -> Path:
+    """A scenes dataset below `folder` through the command line, with further options."""
     out = folder / "scenes"
-    call(folder, ["data", "make", "scenes", str(out), "--num-samples", str(num_samples), "--seed", "1", "--size", "32"])
+    sizes = ["--num-samples", str(num_samples), "--seed", "1", "--size", "32"]
+    call(folder, ["data", "make", "scenes", str(out), *sizes, *extra])
     return out
 
 

@@ -35,6 +35,9 @@ class ToyEmbedder:
         names = [f"item {int(pixel)}" for pixel in batch["images"][:, 0, 0, 0]]
         return torch.stack([F.normalize(vector(name) + self.noise * vector("noise " + name), dim=0) for name in names])
 
+    def others(self, name: str, batch: Batch) -> Tensor:
+        return self.images(batch)
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         return torch.stack([vector(text) for text in texts]) if texts else torch.zeros(0, WIDTH)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from embedding_toys import CAPTIONS, ToyEmbedder, batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_train.errors import DataError, VlmError
+from vlm_train.errors import ConfigError, DataError, VlmError
 from vlm_train.evaluation.metrics import on_grid
 from vlm_train.evaluation.retrieval import Retrieval
+from vlm_train.types import MODALITIES, Batch
 
 
 def brute_force(all_captions: list[list[str]], k: int) -> tuple[float, float]:
@@ -103,3 +105,35 @@ def test_an_image_without_a_caption_is_named() -> None:
         Retrieval().run(ToyEmbedder(), batches([["item 0"], [], ["item 2"]], 2))
     with pytest.raises(DataError, match="nothing to evaluate"):
         Retrieval().run(ToyEmbedder(), iter([]))
+
+
+def with_sound(all_captions: list[list[str]], there: list[bool]) -> Iterator[Batch]:
+    """Batches of which only some rows have a sound; the others' rows hold whatever they hold."""
+    for number, batch in enumerate(batches(all_captions, 4)):
+        rows = there[4 * number : 4 * number + 4]
+        batch["there"] = torch.zeros(4, len(MODALITIES), dtype=torch.bool)
+        batch["there"][: len(rows), MODALITIES.index("audio")] = torch.tensor(rows)
+        yield batch
+
+
+def test_texts_find_another_modality_among_the_samples_that_have_it() -> None:
+    captions, there = [[f"item {i}"] for i in range(11)], [i % 3 > 0 for i in range(11)]
+    result = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(2.0), with_sound(captions, there))
+    kept = [each for each, is_there in zip(captions, there, strict=True) if is_there]
+
+    class Kept(ToyEmbedder):  # image i of those that are left lies where it lay
+        def images(self, batch: Batch) -> torch.Tensor:
+            shown = batch["images"].clone()
+            numbers = torch.tensor([int(each[0].split()[1]) for each in kept] + [0], dtype=torch.uint8)
+            shown[:, 0, 0, 0] = numbers[shown[:, 0, 0, 0].long()]
+            return super().images(Batch(images=shown))
+
+    plain = Retrieval(ks=(1, 2)).run(Kept(2.0), batches(kept, 7))
+    assert result["text_to_audio"] == plain["text_to_image"] and result["audio_to_text"] == plain["image_to_text"]
+    assert result["num_items"] == plain["num_images"] == 7 and result["chance"]["R@1"] == pytest.approx(100 / 7)
+    everything = Retrieval(ks=(1, 2), item="audio").run(ToyEmbedder(2.0), with_sound(captions, [True] * 11))  # the twin
+    assert everything["num_items"] == 11 and everything["text_to_audio"] != result["text_to_audio"]
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        Retrieval(item="audio").run(ToyEmbedder(2.0), with_sound(captions, [False] * 11))
+    with pytest.raises(ConfigError, match="texts cannot find this"):
+        Retrieval(item="smell")

@@ -125,4 +125,4 @@ def test_a_model_without_the_outputs_is_refused_by_name() -> None:
         check_outputs(InfoNCE(), {"image_features", "text_feature"})
     assert "the model has text_feature" in str(caught.value)
     check_outputs(InfoNCE(), {"image_features", "text_features", "attention"})
-    assert InfoNCE.requires == {"image_features", "text_features"}
+    assert InfoNCE().requires == {"image_features", "text_features"}

@@ -15,6 +15,7 @@ from vlm_train.cli.options import (
     local,
     out_folder,
     plain,
+    several,
     share,
     span,
     whole,
@@ -33,6 +34,7 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            ARO's visual_genome_relation.json or visual_genome_attribution.json, for evaluation=composition
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
                                         [--num-objects 1-5] [--num-shapes 9] [--num-colors 10] [--hold-out TYPE]
+                                        [--modalities depth,audio,motion]
            rendered scenes with complete ground truth; a type of false caption may be held out of training: attribute,
            replacement, relation, order, count or negation
        vlm-train data index SHARDS ...
@@ -123,6 +125,7 @@ def _make(words: list[str]) -> None:
 def _make_scenes(words: list[str]) -> None:
     from vlm_train.data.scenes.language import CONTRASTS
     from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
+    from vlm_train.data.scenes.senses import SENSES
     from vlm_train.data.scenes.world import WHOLE, World
 
     known = {
@@ -134,6 +137,7 @@ def _make_scenes(words: list[str]) -> None:
         "--num-shapes": Option(count(), WHOLE.num_shapes),
         "--num-colors": Option(count(), WHOLE.num_colors),
         "--num-objects": Option(span, (WHOLE.fewest, WHOLE.most)),
+        "--modalities": Option(several(*SENSES), []),
     }
     (out,), options = arguments(words, {"OUT": out_folder}, known)
     fewest, most = options["--num-objects"]
@@ -145,6 +149,7 @@ def _make_scenes(words: list[str]) -> None:
         val_fraction=options["--val-fraction"],
         hold_out=options["--hold-out"],
         world=World(num_shapes=options["--num-shapes"], num_colors=options["--num-colors"], fewest=fewest, most=most),
+        modalities=options["--modalities"],
         progress=Ticker("scenes"),
     )
     _tell(summary)

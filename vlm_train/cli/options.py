@@ -88,6 +88,16 @@ def choice(*known: str) -> Kind:
     return read
 
 
+def several(*known: str) -> Kind:
+    """Some of these words, between commas."""
+    one = choice(*known)
+
+    def read(name: str, text: str) -> list[str]:
+        return [one(name, word) for word in text.split(",")]
+
+    return read
+
+
 def plain(name: str, text: str) -> str:
     """Any text but none."""
     if not text.strip():

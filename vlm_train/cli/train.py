@@ -117,14 +117,13 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
     run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
     checkpoints.retire_after(run.checkpoints, step)
-    if config.init and step == 0:
-        _try_start(config)
+    new_towers = _try_start(config) if config.init and step == 0 else []
     build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
     # from here on the run exists: what could be refused has been
     write_atomic(run.config, OmegaConf.to_yaml(config))
     announce()
     told = {"step": step, "command": in_texts(scrubbed, words), "ranks": config.trainer.devices}
-    run.event("resume" if step else "start", told)
+    run.event("resume" if step else "start", told | ({"new_towers": new_towers} if new_towers else {}))
     if config.trainer.devices > 1:
         code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
     else:
@@ -154,12 +153,12 @@ def _try_parts(config: Any) -> None:
                               remedy=f"vlm-train configs show {name}/CHOICE") from error  # fmt: skip
 
 
-def _try_start(config: Any) -> None:
-    """Compares the weights to start from with a model without memory. Raises ConfigError."""
+def _try_start(config: Any) -> list[str]:
+    """Compares the weights to start from with a model without memory; the towers that they lack. Raises ConfigError."""
     from vlm_train import build, origins
 
     source = origins.start_checkpoint(config.init)
-    origins.start(build.skeleton(config), origins.trained_weights(source), whose=str(source))
+    return origins.start(build.skeleton(config), origins.trained_weights(source), whose=str(source))
 
 
 def summary(run: Any) -> str:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File
+from vlm_train.data.modalities.members import modality_members
 from vlm_train.errors import DataError
 from vlm_train.locations import shown
 
@@ -159,9 +160,8 @@ def allocated_sizes(file: File, layout: Layout, pointers: NDArray[np.uint64]) ->
 
 
 def pack_text(key: str, image: str, parts: Mapping[str, bytes]) -> bytes:
-    """The `sample` field of our files: {key, image: name of the image part, txt, json, other: {name: text}}.
-
-    Every part is there as its own text, verbatim, KEY.json too: so the bytes come back as they were.
+    """The `sample` field of our files: {key, image: name of the image part, txt, json, other: {name: text}}. Every part
+    is there as its own text, verbatim, KEY.json too: so the bytes come back as they were.
 
     Raises:
         SampleError: several_images, or part_not_text for a part that is no UTF-8.
@@ -172,9 +172,13 @@ def pack_text(key: str, image: str, parts: Mapping[str, bytes]) -> bytes:
     try:
         texts = {name: content.decode("utf-8") for name, content in others.items()}
     except UnicodeDecodeError as error:
-        raise SampleError("part_not_text", got=error, allowed="an image, and parts that are text in UTF-8") from None
-    sample: dict[str, Any] = {"key": key, "image": image}
-    sample |= {name: texts.pop(name) for name in ("txt", "json") if name in texts}
+        held = [name for _, name in modality_members(others)]
+        raise SampleError("part_not_text", got=held or error, allowed="an image, and texts in UTF-8") from None
+    sample: dict[str, Any] = {
+        "key": key,
+        "image": image,
+        **{name: texts.pop(name) for name in ("txt", "json") if name in texts},
+    }
     return json.dumps(sample | ({"other": texts} if texts else {}), ensure_ascii=False).encode() + b"\0"
 
 

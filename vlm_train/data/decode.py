@@ -28,6 +28,7 @@ import simplejpeg
 from PIL import Image
 
 from vlm_train.data.exif import orientation_of, upright
+from vlm_train.data.modalities.members import modality_members
 from vlm_train.errors import DataError
 
 MAX_PIXELS = 1 << 26  # 8,192 x 8,192: above it a small file can ask for gigabytes
@@ -47,7 +48,8 @@ class SampleError(DataError):
     @property
     def reason(self) -> str:
         """One of no_image, no_caption, image_unknown, image_truncated, image_corrupt, image_too_large, caption_utf8,
-        metadata_json, metadata_captions, metadata_regions, sample_too_large, shard_changed, bad_pointer; in a
+        metadata_json, metadata_captions, metadata_regions, depth_corrupt, depth_too_large, audio_corrupt,
+        audio_too_large, motion_corrupt, motion_too_large, sample_too_large, shard_changed, bad_pointer; in a
         conversion also several_images, part_not_text, part_not_writable."""
         return self.what
 
@@ -201,16 +203,16 @@ def sample_uid(parts: Mapping[str, bytes]) -> bytes:
 def sample_hashes(parts: Mapping[str, bytes]) -> tuple[bytes, int]:
     """(uid, 64-bit hash of the images) of a sample.
 
-    The uid is the first 128 bits of sha256 over the images in order, KEY.txt and KEY.json, each behind its role (one
-    letter) and its length (8 bytes), so that no byte can go over from one part to the next unnoticed. That is all that
-    is ever read of a sample.
+    The uid is the first 128 bits of sha256 over the images in order, KEY.txt, KEY.json and the members of modalities
+    that are there, each behind its role (one letter) and its length (8 bytes), so that no byte can go over from one
+    part to the next unnoticed. That is all that is ever read of a sample.
     """
     digest = hashlib.sha256()
     for name in image_parts(parts):
         digest.update(b"i" + len(parts[name]).to_bytes(8, "little"))
         digest.update(parts[name])
     images = digest.digest()
-    for role, name in ((b"t", "txt"), (b"m", "json")):
+    for role, name in ((b"t", "txt"), (b"m", "json"), *modality_members(parts)):
         if name in parts:
             digest.update(role + len(parts[name]).to_bytes(8, "little") + parts[name])
     return digest.digest()[:16], int.from_bytes(images[:8], "little")

@@ -218,6 +218,19 @@ def render(pixels: np.ndarray, plan: Plan, out: np.ndarray | None = None) -> np.
     return cv2.flip(square, 1, dst=square) if plan.flip else square
 
 
+def render_plane(values: np.ndarray, plan: Plan) -> np.ndarray:
+    """One float32 value for each pixel, [H, W] at any scale of the planned image, to [S, S] where `render` puts the
+    pixels: linear between values, the mean of many where the plan shrinks."""
+    left, right = _edges(plan.box[0], plan.box[2], plan.width, values.shape[1])
+    top, bottom = _edges(plan.box[1], plan.box[3], plan.height, values.shape[0])
+    box, (width, height) = values[top:bottom, left:right], plan.resized
+    shrinks = box.shape[1] > width or box.shape[0] > height
+    resized = cv2.resize(box, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    x, y = round((width - plan.size) / 2), round((height - plan.size) / 2)
+    square = resized[y : y + plan.size, x : x + plan.size]
+    return np.ascontiguousarray(square[:, ::-1] if plan.flip else square)
+
+
 def _bicubic(box: np.ndarray, plan: Plan, out: np.ndarray) -> None:
     """torchvision's Resize and CenterCrop."""
     image = torch.from_numpy(box if box.flags.writeable else box.copy()).permute(2, 0, 1)[None]

@@ -26,6 +26,7 @@ from vlm_train.data.home import INDEX, Entry
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.local import printable
 from vlm_train.data.manifest import Manifest, read_part
+from vlm_train.data.modalities import reading
 from vlm_train.data.order import derive
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.selection import Selection
@@ -214,11 +215,12 @@ def _check(chunk: _Chunk) -> list[Problem]:
 
 
 def _decode(sample: RawSample) -> SampleError | None:
-    """Every image of a sample, and its texts."""
+    """Every image of a sample, its texts, and what it has of other modalities."""
     try:
         decode.decode_captions(sample.parts, decode.decode_metadata(sample.parts))
         for name in decode.image_parts(sample.parts):
             decode.open_image(sample.parts[name]).decode()
+        reading.check(sample.parts)
     except SampleError as error:
         return error
     return None

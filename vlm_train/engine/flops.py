@@ -7,6 +7,7 @@ peak of a CPU is measured, as the best of a few large matrix products with the t
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -24,7 +25,7 @@ def training_flops_per_sample(model: Any, num_text_tokens: int) -> float:
     """FLOPs of forward and backward of one sample; parts whose parameters are all frozen have no backward."""
     total = 0.0
     for part, forward in model.forward_flops(num_text_tokens).items():
-        module = getattr(model, part, None)
+        module = functools.reduce(lambda module, name: getattr(module, name, None), part.split("."), model)
         frozen = isinstance(module, nn.Module) and not any(p.requires_grad for p in module.parameters())
         total += forward * (1 if frozen else 3)
     return total

@@ -100,15 +100,17 @@ class AdamW:
         self.rules = [ParameterRule(**group) for group in groups]
 
     def apply_frozen(self, module: nn.Module) -> None:
-        """Sets requires_grad from the rules; before any wrapper looks at it."""
+        """Freezes what the rules freeze, beside what learns nothing anyway; before any wrapper looks at it."""
         named = dict(module.named_parameters())
         for name, rule in match_rules(named, self.rules).items():
-            named[name].requires_grad_(not rule.frozen)
+            if rule.frozen:
+                named[name].requires_grad_(False)
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the parameters that learn; each group keeps its peak as `base_lr`."""
         named = dict(module.named_parameters())
-        chosen = {name: rule for name, rule in match_rules(named, self.rules).items() if not rule.frozen}
+        rules = match_rules(named, self.rules)
+        chosen = {name: rule for name, rule in rules.items() if not rule.frozen and named[name].requires_grad}
         if not chosen:
             raise ConfigError("optim.groups freezes every parameter", got=[rule.pattern for rule in self.rules],
                               allowed="at least one that learns", remedy="optim=adamw")  # fmt: skip

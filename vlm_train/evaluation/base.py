@@ -27,11 +27,14 @@ _TEXTS_PER_FORWARD = 256
 
 
 class Embed(Protocol):
-    """Images and texts to unit vectors of one space. Both methods are collective."""
+    """Images, texts and other modalities to unit vectors of one space. All methods are collective."""
 
     def images(self, batch: Batch) -> Tensor:
         """The pictures of a batch (uint8 `images` [B, 3, S, S], or the modality that the model reads in their place) ->
         fp32 [B, D], L2-normalised."""
+
+    def others(self, name: str, batch: Batch) -> Tensor:
+        """What a batch has of modality `name` -> fp32 [B, D], L2-normalised; `there` tells the rows that have it."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """N strings -> fp32 [N, D], L2-normalised. N may differ between ranks and may be 0."""
@@ -99,6 +102,24 @@ class Embedder:
         with self._inference():
             images: Tensor = batch[field]  # type: ignore[literal-required]
             return _unit(self.model.encode_image(images.to(self.device, non_blocking=True)))
+
+    def others(self, name: str, batch: Batch) -> Tensor:
+        """See `Embed.others`.
+
+        Raises:
+            ConfigError: of a model without a tower for it.
+        """
+        known = list(getattr(self.model, "others", ()))
+        if name not in known:
+            raise ConfigError(
+                f"{type(self.model).__name__} has no tower that reads {name}",
+                got=f"others: {', '.join(known) or 'none'}",
+                allowed="a model with that tower, such as model=bound_tiny",
+                remedy=f"leave out the evaluators of {name}, or change the model",
+            )  # fmt: skip
+        with self._inference():
+            values: Tensor = batch[name]  # type: ignore[literal-required]
+            return _unit(self.model.encode_other(name, values.to(self.device, non_blocking=True)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """See `Embed.texts`."""

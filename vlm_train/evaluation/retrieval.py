@@ -1,4 +1,4 @@
-"""Image-text retrieval, exact, with the work shared among ranks.
+"""Retrieval between images and texts, or another modality and texts, exact, with the work shared among ranks.
 
 1. Each rank embeds its share of the images and all their captions, and keeps them.
 2. What cannot be ranked is an error on every rank.
@@ -7,6 +7,8 @@
 Scores are exact (see `metrics`), so the result is identical for any world size, given equal features. An image may have
 several captions: a text query has one right image, an image query is answered by any of its captions. Recall is in
 percent, 0..100, as the field prints it.
+
+What is said of images holds of any other modality that texts are to find: of the samples that have it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 
 from vlm_train.distributed import collectives
-from vlm_train.errors import DataError
+from vlm_train.errors import ConfigError, DataError
 from vlm_train.evaluation.base import Embed, check_counts, counted, interval_95, percent
 from vlm_train.evaluation.metrics import Standing, exact, knowing_nothing
 from vlm_train.evaluation.ranking import check_unit, mean_credit, one_row_per_text, paired_standings
-from vlm_train.types import Batch
+from vlm_train.types import MODALITIES, Batch
 
 _NUM_MATRIX_ITEMS = 32
 _NUM_SEARCHES = 8
@@ -63,43 +65,48 @@ class Retrieval:
 
     Args:
         ks: how many candidates a query may look at.
+        item: what texts find and are found by: image, or another modality that the model has a tower for.
 
     After `run`, `examples` holds what a report shows; it is not part of the scores.
     """
 
     name = "retrieval"
 
-    def __init__(self, *, ks: Sequence[int] = (1, 5, 10)) -> None:
-        self.ks = check_counts("ks", ks)
+    def __init__(self, *, ks: Sequence[int] = (1, 5, 10), item: str = "image") -> None:
+        self.ks, self.item = check_counts("ks", ks), item
+        if item not in ("image", *MODALITIES):
+            raise ConfigError("texts cannot find this", got=item, allowed=", ".join(("image", *MODALITIES)),
+                              remedy="item: image")  # fmt: skip
         self.examples: RetrievalExamples | None = None
 
     def run(self, embedder: Embed, batches: Iterator[Batch]) -> dict[str, Any]:
         """Scores in percent. Collective: every rank brings its share, in equally many batches.
 
         Returns:
-            `text_to_image`, `image_to_text`: {"R@k": percent}; `num_pairs` captions and `num_images`; `chance` and
-            `chance_image_to_text`: what a scorer that knows nothing gets (they differ where images have several
-            captions); `interval_95`: Wilson intervals with images as the trials.
+            `text_to_image`, `image_to_text` (of another item: its name): {"R@k": percent}; `num_pairs` captions and
+            `num_images` (`num_items`); `chance` and `chance_image_to_text`: what a scorer that knows nothing gets (they
+            differ where images have several captions); `interval_95`: Wilson intervals with images as the trials.
 
         Raises:
             DataError: no image at all, or an image without a caption.
             VlmError: features that are not finite.
         """
-        share = _embed(embedder, batches)
-        _check(share)
+        share = _embed(embedder, batches, self.item)
+        _check(share, self.item)
         share.texts_ND = one_row_per_text(share.texts_ND, share.captions)
         by_text, by_image = paired_standings(share.images_ID, share.texts_ND, share.item_N)
         self.examples = _examples(share)
 
         num_images, num_pairs = _over_ranks(len(share.keys)), _over_ranks(len(share.captions))
-        scores = {"text_to_image": self._recall(by_text), "image_to_text": self._recall(by_image)}
+        there, back = f"text_to_{self.item}", f"{self.item}_to_text"
+        scores = {there: self._recall(by_text), back: self._recall(by_image)}
         captions_I = torch.bincount(share.item_N, minlength=len(share.keys))
         return {
             **scores,
             "num_pairs": num_pairs,
-            "num_images": num_images,
+            "num_images" if self.item == "image" else "num_items": num_images,
             "chance": self._recall(knowing_nothing(torch.ones_like(share.item_N), num_images)),
-            "chance_image_to_text": self._recall(knowing_nothing(captions_I, num_pairs)),
+            f"chance_{back}": self._recall(knowing_nothing(captions_I, num_pairs)),
             # captions of one image are not independent trials: images are, and counting them is the cautious choice
             "interval_95": {
                 direction: {key: interval_95(value, num_images) for key, value in recall.items()}
@@ -115,17 +122,17 @@ def _over_ranks(count: int) -> int:
     return sum(collectives.gather_objects(count))
 
 
-def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:
+def _embed(embedder: Embed, batches: Iterator[Batch], item: str) -> _Share:
     keys: list[str] = []
     texts: list[str] = []
     images_ID, texts_ND, item_N = [], [], []
     for batch in batches:
         # padding rows are embedded too: every rank runs the same forwards
-        keep = counted(batch)
+        keep = counted(batch) if item == "image" else counted(batch) & batch["there"][:, MODALITIES.index(item)].cpu()
         rows = keep.nonzero().flatten().tolist()
         captions = batch["all_captions"] if "all_captions" in batch else [[text] for text in batch["captions"]]
         first = len(keys)
-        images_BD = embedder.images(batch)
+        images_BD = embedder.images(batch) if item == "image" else embedder.others(item, batch)
         images_ID.append(images_BD[keep.to(images_BD.device)])
         keys += [batch["keys"][row] if "keys" in batch else f"image {first + i}" for i, row in enumerate(rows)]
         item_N += [first + i for i, row in enumerate(rows) for _ in captions[row]]
@@ -146,11 +153,11 @@ def _embed(embedder: Embed, batches: Iterator[Batch]) -> _Share:
     )
 
 
-def _check(share: _Share) -> None:
+def _check(share: _Share, item: str) -> None:
     num_images = _over_ranks(len(share.keys))
     if num_images == 0:
-        raise DataError("There is nothing to evaluate", got="no images", remedy="check data.val.shards")
-    check_unit(share.images_ID, "Image features")
+        raise DataError("There is nothing to evaluate", got=f"no sample with {item}", remedy="check data.val.shards")
+    check_unit(share.images_ID, f"{item.capitalize()} features")
     check_unit(share.texts_ND, "Text features")
     bare = (torch.bincount(share.item_N, minlength=len(share.keys)) == 0).nonzero().flatten().tolist()
     num_bare = _over_ranks(len(bare))

@@ -1,7 +1,7 @@
 """Weights of one network in another that differs from it in image size, number of patches or length of the texts.
 
-Only tables of positions depend on these, and each part resizes its own (`resized_position`). Anything else that differs
-is no difference of size but another network, and is refused by name.
+Only tables of positions depend on these, and each part resizes its own (`resized_position`). A tower for a further
+modality (`others.NAME`) may also be new as a whole. Anything else that differs is another network, and refused by name.
 """
 
 from __future__ import annotations
@@ -53,13 +53,22 @@ def adapted(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return result
 
 
+def new_towers(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the towers in `others` of which `state` has nothing at all."""
+    others = getattr(module, "others", None) or {}
+    return [name for name in others if not any(key.startswith(f"others.{name}.") for key in state)]
+
+
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, whose: str) -> None:
-    """Fills `module` from weights of `whose`; a module on the meta device is only compared with them.
+    """Fills `module` from weights of `whose`, but for its `new_towers`, which keep their first values; a module on the
+    meta device is only compared with them.
 
     Raises:
         ConfigError: names or shapes that differ otherwise than in the number of positions.
     """
-    own, given = module.state_dict(), adapted(module, state)
+    fresh = tuple(f"others.{name}." for name in new_towers(module, state))
+    own = module.state_dict()
+    given = {name: tensor for name, tensor in own.items() if name.startswith(fresh)} | adapted(module, state)
     shapes = [
         f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
         for name, tensor in own.items()
@@ -75,7 +84,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, whose: str) 
         raise ConfigError(
             f"the weights of {whose} do not fit this {type(module).__name__}",
             got="; ".join(told),
-            allowed="the same network; image size, number of patches and context length may differ",
+            allowed="the same network, or with new towers in model.others; image size, number of patches and context "
+            "length may differ",
             remedy="set model and objective as in the config.yaml of that run, or init=null",
         )
     if not any(tensor.is_meta for tensor in own.values()):

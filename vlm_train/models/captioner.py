@@ -80,8 +80,8 @@ class Captioner(DualEncoder):
         vector_BD, image_BQD = self.vision.states(self.pixels(batch["images"]), self.kept(batch))
         text_BD, tokens_BTD = self.text.states(batch["text_ids"], batch["text_mask"])
         return {
-            "image_features": self.image_features(vector_BD),
-            "text_features": self.text_features(text_BD),
+            "image_features": self.project_image(vector_BD),
+            "text_features": self.project_text(text_BD),
             "caption_hidden": self.decoder(tokens_BTD[: len(image_BQD)], image_BQD),
             # a copy, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
             "caption_vocabulary": self.vocabulary.weight.clone(),

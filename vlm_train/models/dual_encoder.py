@@ -82,7 +82,7 @@ class DualEncoder(nn.Module):
     """
 
     outputs = frozenset({"image_features", "text_features"})
-    forward_methods = ("encode_image", "encode_text")
+    forward_methods: tuple[str, ...] = ("encode_image", "encode_text")
 
     def __init__(
         self,
@@ -129,11 +129,15 @@ class DualEncoder(nn.Module):
 
         In training with `patch_dropout` also `draws`, which decide which patches are read.
         """
-        fields: Any = batch
         return {
-            "image_features": self.encode_image(fields[self.image_field], self.kept(batch)),
+            "image_features": self.embed_images(batch),
             "text_features": self.encode_text(batch["text_ids"], batch["text_mask"]),
         }
+
+    def embed_images(self, batch: Batch) -> Tensor:
+        """Unit vectors [B, E] of a batch's images, in training of the patches that are read."""
+        fields: Any = batch
+        return self.encode_image(fields[self.image_field], self.kept(batch))
 
     def kept(self, batch: Batch) -> Tensor | None:
         """The patches [B, K] that are read of each image; None for all."""
@@ -153,7 +157,7 @@ class DualEncoder(nn.Module):
         """[B, 3, S, S], uint8 or already normalised floats -> unit vectors [B, E]; `kept_BK`: see `PatchTower`. A tower
         that reads another modality in place of pixels gets that."""
         pixels = self.pixels(images_B3SS)
-        return self.image_features(
+        return self.project_image(
             self.vision(pixels) if kept_BK is None else cast(PatchTower, self.vision)(pixels, kept_BK)
         )
 
@@ -174,15 +178,15 @@ class DualEncoder(nn.Module):
             )
         return self.normalize(images_B3SS) if images_B3SS.dtype == torch.uint8 else images_B3SS
 
-    def image_features(self, vector_BD: Tensor) -> Tensor:
+    def project_image(self, vector_BD: Tensor) -> Tensor:
         """The vision tower's [B, D] -> unit vectors [B, E]."""
         return unit_length(vector_BD if self.image_projection is None else self.image_projection(vector_BD))
 
     def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ids [B, T] int64 and mask [B, T] bool -> unit vectors [B, E]."""
-        return self.text_features(self.text(ids_BT, mask_BT))
+        return self.project_text(self.text(ids_BT, mask_BT))
 
-    def text_features(self, vector_BD: Tensor) -> Tensor:
+    def project_text(self, vector_BD: Tensor) -> Tensor:
         """The text tower's [B, D] -> unit vectors [B, E]."""
         return unit_length(self.text_projection(vector_BD))
 

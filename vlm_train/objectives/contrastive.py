@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from vlm_train.distributed import collectives
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import CoupledObjective, counted_rows
 from vlm_train.objectives.pairing import NOBODY, Pairing, gathered_bytes
-from vlm_train.types import Batch, Model
+from vlm_train.types import MODALITIES, Batch, Model
 
 Partners = Literal["pair", "content"]
 Implementation = Literal["auto", "gathered", "tiled"]
@@ -29,7 +30,7 @@ GATHERED_SHARE = 1 / 16
 
 
 class Contrastive(CoupledObjective):
-    """Image-text matching over the global batch, with a temperature.
+    """Matching of images and texts over the global batch, or of any two modalities, with a temperature.
 
     A batch may bring hard captions, texts that are almost right (`hard_text_ids` [B, H, T], and `hard_counts`, which of
     them there are). They are further wrong answers for every image, and are not asked for an image themselves.
@@ -43,9 +44,10 @@ class Contrastive(CoupledObjective):
         implementation: how it is computed; the result is the same but for rounding. `gathered`: every feature on every
             rank, logits of [b, N]. `tiled`: texts travel round the ranks and logits exist a tile at a time, O(b d).
             `auto`: tiled where gathered would take more than `GATHERED_SHARE` of the device's memory.
+        pair: the two that are matched: image, text, or names of `MODALITIES`. A sample counts where it has both. What
+            is said of images here and in `Pairing` holds of the first, and what of texts of the second; hard captions
+            are wrong answers only where that is `text`.
     """
-
-    requires = frozenset({"image_features", "text_features"})
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class Contrastive(CoupledObjective):
         learn_temperature: bool,
         partners: Partners,
         implementation: Implementation,
+        pair: Sequence[str] = ("image", "text"),
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -71,6 +74,13 @@ class Contrastive(CoupledObjective):
                 got=f"initial scale {init_scale:g}, max_scale {max_scale}",
                 allowed="0 < scale, and 1 <= scale <= max_scale where max_scale is set",
             )
+        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= {"image", "text", *MODALITIES}:
+            raise ConfigError(
+                f"{type(self).__name__} cannot match this pair", got=list(pair),
+                allowed=f"two of image, text, {', '.join(MODALITIES)}", remedy="pair: [image, text]",
+            )  # fmt: skip
+        self.pair = (pair[0], pair[1])
+        self.requires = frozenset(f"{name}_features" for name in pair)
         self.init_scale, self.max_scale = init_scale, max_scale
         self.partners, self.implementation = partners, implementation
         self.reads = frozenset({"contents"} if partners == "content" else ())
@@ -88,21 +98,30 @@ class Contrastive(CoupledObjective):
             self.logit_scale.clamp_(0.0, math.log(self.max_scale))
 
     def count(self, batch: Batch) -> Tensor:
-        """Number of image-text pairs that count."""
-        return counted_rows(batch).sum()
+        """Number of pairs that count."""
+        return self._counted(batch).sum()
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Rows that have both of the pair, bool [B]."""
+        rows = counted_rows(batch)
+        for name in self.pair:
+            if name in MODALITIES:
+                rows = rows & batch["there"][:, MODALITIES.index(name)]
+        return rows
 
     def features(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """`image_features` and `text_features` [B, D], `weights` [B]; hard captions and contents where needed."""
-        num_pairs = len(batch["text_ids"])
-        outputs = model(_with_hard_captions(batch) if "hard_text_ids" in batch else batch)
-        text_ED = outputs["text_features"]
-        rows = {"image_features": outputs["image_features"], "text_features": text_ED[:num_pairs]}
-        if "hard_text_ids" in batch:
+        """`image_features` and `text_features` [B, D] (of the pair's first and second), `weights` [B]; hard captions
+        and contents where needed."""
+        num_pairs, is_hard = len(batch["text_ids"]), "hard_text_ids" in batch and self.pair[1] == "text"
+        outputs = model(_with_hard_captions(batch) if is_hard else batch)
+        image_BD, text_ED = (outputs[f"{name}_features"] for name in self.pair)
+        rows = {"image_features": image_BD, "text_features": text_ED[:num_pairs]}
+        if is_hard:
             rows["hard_features"] = text_ED[num_pairs:].unflatten(0, batch["hard_text_ids"].shape[:2])
             rows["hard_counts"] = batch["hard_counts"]
         if self.partners == "content":
             rows["contents"] = batch["contents"]
-        return {**rows, "weights": counted_rows(batch).to(torch.float32)}
+        return {**rows, "weights": self._counted(batch).to(torch.float32)}
 
     def pairing(self, features: dict[str, Tensor]) -> Pairing:
         """The rows that count, at least fp32, and who belongs to whom. Collective.

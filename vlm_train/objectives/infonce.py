@@ -7,6 +7,8 @@ returns the sum over its own pairs, so that the sums of all ranks add up to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from vlm_train.objectives.contrastive import Contrastive, Implementation, Partners, one_value
@@ -24,6 +26,7 @@ class InfoNCE(Contrastive):
         learn_temperature: whether the temperature is trained.
         partners: see `Contrastive`.
         implementation: see `Contrastive`.
+        pair: see `Contrastive`; ImageBind (arXiv 2305.05665) has one such loss for each pair that it sees.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class InfoNCE(Contrastive):
         learn_temperature: bool = True,
         partners: Partners = "pair",
         implementation: Implementation = "auto",
+        pair: Sequence[str] = ("image", "text"),
     ) -> None:
         super().__init__(
             init_scale=1.0 / init_temperature,
@@ -41,6 +45,7 @@ class InfoNCE(Contrastive):
             learn_temperature=learn_temperature,
             partners=partners,
             implementation=implementation,
+            pair=pair,
         )
         self.reset_parameters()
 
@@ -51,13 +56,13 @@ class InfoNCE(Contrastive):
         with full_precision(pairing.image_BD):
             scale = self.logit_scale.exp()
             total, image_hits, text_hits = softmax(pairing, scale)
-        count = pairing.num_pairs()
+        count, (first, second) = pairing.num_pairs(), self.pair
         return LossOutput(
             sum=total,
             count=count,
             metrics={
-                "accuracy_image_to_text": (image_hits, count),
-                "accuracy_text_to_image": (text_hits, count),
+                f"accuracy_{first}_to_{second}": (image_hits, count),
+                f"accuracy_{second}_to_{first}": (text_hits, count),
                 "logit_scale": one_value(scale),
             },
         )

@@ -9,6 +9,8 @@ Dividing by the local number of images, as public implementations do, is right o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class Sigmoid(Contrastive):
         learn_temperature: whether the factor is trained; the bias always is.
         partners: see `Contrastive`.
         implementation: see `Contrastive`.
+        pair: see `Contrastive`.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Sigmoid(Contrastive):
         learn_temperature: bool = True,
         partners: Partners = "pair",
         implementation: Implementation = "auto",
+        pair: Sequence[str] = ("image", "text"),
     ) -> None:
         super().__init__(
             init_scale=init_scale,
@@ -52,6 +56,7 @@ class Sigmoid(Contrastive):
             learn_temperature=learn_temperature,
             partners=partners,
             implementation=implementation,
+            pair=pair,
         )
         self.init_bias = init_bias
         self.logit_bias = nn.Parameter(wide_empty())
@@ -70,12 +75,12 @@ class Sigmoid(Contrastive):
         with full_precision(pairing.image_BD):
             scale = self.logit_scale.exp()
             total, image_hits = sigmoid(pairing, scale, self.logit_bias)
-        count = pairing.num_pairs()
+        count, (first, second) = pairing.num_pairs(), self.pair
         return LossOutput(
             sum=total,
             count=count,
             metrics={
-                "accuracy_image_to_text": (image_hits, count),
+                f"accuracy_{first}_to_{second}": (image_hits, count),
                 "logit_scale": one_value(scale),
                 "logit_bias": one_value(self.logit_bias),
             },

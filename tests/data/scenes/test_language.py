@@ -53,7 +53,7 @@ def test_every_negative_is_false_and_its_twin_true(scenes):
 
 WORLDS = st.builds(
     lambda shapes, colors, objects: World(num_shapes=shapes, num_colors=colors, fewest=min(objects), most=max(objects)),
-    st.integers(1, 9), st.integers(1, 10), st.tuples(*[st.integers(1, 6)] * 2),
+    st.integers(1, 9), st.integers(1, 10), st.tuples(*[st.integers(1, 5)] * 2),
 )  # fmt: skip
 
 

@@ -9,6 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlm_train.data.modalities.audio import decode_audio, read_audio
+from vlm_train.data.modalities.depth import decode_depth, read_depth
+from vlm_train.data.modalities.members import DEPTH, MOTION, audio_member
+from vlm_train.data.modalities.motion import decode_motion, read_motion
 from vlm_train.data.modalities.regions import read_regions
 from vlm_train.data.transforms import Plan
 from vlm_train.types import ModalitySpec
@@ -18,12 +22,20 @@ Read = Callable[[Mapping[str, bytes], Mapping[str, Any], Plan, tuple[int, ...]],
 it. Raises SampleError for what is there and cannot be used."""
 
 
+_SECONDS = 10.0
+
+
 class _Reader(NamedTuple):
     read: Read
     dtype: torch.dtype
 
 
-_READERS = {"regions": _Reader(read_regions, torch.int64)}
+_READERS = {
+    "regions": _Reader(read_regions, torch.int64),
+    "depth": _Reader(read_depth, torch.float32),
+    "audio": _Reader(read_audio, torch.float32),
+    "motion": _Reader(read_motion, torch.float32),
+}
 
 
 def read(
@@ -40,3 +52,13 @@ def read(
 def room(spec: ModalitySpec, num_rows: int) -> Tensor:
     """Zeros for the rows of a batch."""
     return torch.zeros(num_rows, *spec.shape, dtype=_READERS[spec.name].dtype)
+
+
+def check(parts: Mapping[str, bytes]) -> None:
+    """Decodes the members of modalities that are there, of a sound some seconds. Raises SampleError."""
+    if DEPTH in parts:
+        decode_depth(parts[DEPTH])
+    if name := audio_member(parts):
+        decode_audio(parts[name], _SECONDS)
+    if MOTION in parts:
+        decode_motion(parts[MOTION])

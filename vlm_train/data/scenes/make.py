@@ -10,7 +10,8 @@ KEY.json: `captions` (each complete), `regions` [{phrase, box, class, attributes
 statements of absence), `contrasts` [{true, false, type}] (a false caption beside its true twin), `negatives` (those
 false captions; a type that is held out is left out of them, and so never trained on, and the captions are then the true
 twins of those that are left), `qa`, `conversations`,
-`contexts`, and `corruption` where the sample was damaged on purpose.
+`contexts`, and `corruption` where the sample was damaged on purpose. Further modalities, if
+wanted: see `senses`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlm_train.data.parallel import map_in_processes
@@ -40,8 +40,9 @@ from vlm_train.data.scenes.language import (
     relations_of,
 )
 from vlm_train.data.scenes.questions import contexts_of, conversation_of, questions_of
-from vlm_train.data.scenes.render import box_of, render
-from vlm_train.data.scenes.world import WHOLE, World, check_world, sample_scene
+from vlm_train.data.scenes.render import Rendering, box_of, render
+from vlm_train.data.scenes.senses import SENSES, sense
+from vlm_train.data.scenes.world import WHOLE, Scene, World, check_world, sample_scene
 from vlm_train.data.writer import DatasetWriter, Progress, Summary, hash_fraction, to_json
 from vlm_train.errors import ConfigError
 
@@ -58,6 +59,7 @@ def make_scenes(
     corruption: Mapping[str, float] | None = None,
     hold_out: str | None = None,
     world: World = WHOLE,
+    modalities: Sequence[str] = (),
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -72,6 +74,7 @@ def make_scenes(
         corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
         hold_out: a type of contrast (`language.CONTRASTS`) that `negatives` shall not have.
         world: what there can be in a scene.
+        modalities: what a sample has beside picture and texts: some of depth, audio, motion.
         num_workers: processes; None is one for each core.
         progress: called after each scene.
 
@@ -82,14 +85,17 @@ def make_scenes(
     corruption = dict(corruption or {})
     check_corruption(corruption)
     _check(num_samples, size, val_fraction, hold_out, world)
+    modalities = [name for name in SENSES if name in set(_known(modalities))]
     parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
     parameters |= {"val_fraction": val_fraction, "corruption": corruption}
     parameters |= {"hold_out": hold_out} if hold_out else {}  # datasets of before are still the same
+    parameters |= {"modalities": modalities} if modalities else {}
     parameters |= {"world": asdict(world)} if world != WHOLE else {}
     with DatasetWriter(Path(out), parameters=parameters) as writer:
         if writer.finished is not None:
             return writer.finished
-        make = partial(make_sample, seed=seed, size=size, corruption=corruption, hold_out=hold_out, world=world)
+        wanted: dict[str, Any] = {"hold_out": hold_out, "world": world, "modalities": modalities}
+        make = partial(make_sample, seed=seed, size=size, corruption=corruption, **wanted)
         kinds: Counter[str] = Counter()
         for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
             split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
@@ -111,6 +117,13 @@ def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | Non
         )
 
 
+def _known(modalities: Sequence[str]) -> Sequence[str]:
+    for name in modalities:
+        if name not in SENSES:
+            raise ConfigError("scenes have no such modality", got=name, allowed=", ".join(SENSES))
+    return modalities
+
+
 def make_sample(
     index: int,
     *,
@@ -119,9 +132,11 @@ def make_sample(
     corruption: Mapping[str, float],
     hold_out: str | None = None,
     world: World = WHOLE,
+    modalities: Sequence[str] = (),
 ) -> tuple[str | None, dict[str, bytes]]:
-    """The kind of corruption (or None) and the parts `png`, `txt`, `json` of scene `index`."""
-    image, view, background = _see(f"scene {seed} {index}", size, world)
+    """The kind of corruption (or None) and the parts of scene `index`: `png`, `txt`, `json`, those of `modalities`."""
+    scene, drawn, view = _see(f"scene {seed} {index}", size, world)
+    image = drawn.image
     truth = describe(random.Random(f"text {seed} {index}"), view, hold_out, world)
     rng = random.Random(f"corruption {seed} {index}")
     kind = pick_corruption(rng, corruption)
@@ -130,10 +145,11 @@ def make_sample(
         truth["captions"] = _false_captions(rng, view, size, world)
     elif kind is not None:
         image, truth["corruption"] = corrupt_image(rng, image, kind)
-    truth |= {"background": background, "source": "scenes"}
+    truth |= {"background": scene.background, "source": "scenes"}
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", compress_level=1)
-    return kind, {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
+    parts = {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
+    return kind, parts | sense(scene, drawn.masks, f"{seed} {index}", modalities)
 
 
 def describe(rng: random.Random, view: View, hold_out: str | None = None, world: World = WHOLE) -> dict[str, Any]:
@@ -165,15 +181,15 @@ def describe(rng: random.Random, view: View, hold_out: str | None = None, world:
     }
 
 
-def _see(key: str, size: int, world: World) -> tuple[np.ndarray, View, str]:
+def _see(key: str, size: int, world: World) -> tuple[Scene, Rendering, View]:
     scene = sample_scene(random.Random(key), size, world)
     drawn = render(scene)
     things = [Thing.of(item, box_of(mask)) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
-    return drawn.image, things, scene.background
+    return scene, drawn, things
 
 
 def _false_captions(rng: random.Random, view: View, size: int, world: World) -> list[str]:
     while True:
-        _, other, _ = _see(f"mismatch {rng.getrandbits(64)}", size, world)
+        _, _, other = _see(f"mismatch {rng.getrandbits(64)}", size, world)
         if not Listing(tuple(other)).verdict(view):
             return captions_of(rng, other)

@@ -26,10 +26,10 @@ from vlm_train.types import ImageSpec
 
 
 class PatchEmbedding(nn.Conv2d):
-    """Non-overlapping patches through one linear map: [B, 3, S, S] -> [B, P, D]."""
+    """Non-overlapping patches, square or (height, width), through one linear map: [B, C, H, W] -> [B, P, D]."""
 
-    def __init__(self, *, patch_size: int, width: int, bias: bool) -> None:
-        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
+    def __init__(self, *, patch_size: int | tuple[int, int], width: int, bias: bool, num_channels: int = 3) -> None:
+        super().__init__(num_channels, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def reset_parameters(self) -> None:
         """Weight normal(0, 1/sqrt(values in a patch)), bias 0."""
