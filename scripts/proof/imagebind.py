@@ -1,6 +1,6 @@
 """ImageBind: text finds sound, depth and motion although no text was ever trained beside one of them.
 
-    python scripts/proof/imagebind.py               # CPU, two cores, ten minutes
+    python scripts/proof/imagebind.py               # CPU, two cores, some minutes
     python scripts/proof/imagebind.py --full        # three times the scenes and steps
 
 Scenes. A run learns images and texts. A second one starts from it, keeps both frozen, and learns towers for sound,
