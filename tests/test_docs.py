@@ -266,7 +266,7 @@ def _plain(value: Any) -> Any:
 def test_the_scene_of_the_data_document_is_real() -> None:
     (quoted,) = fences(text_of("data.md"), "json")
     shown = json.loads(quoted)
-    _, parts = make_sample(56, seed=0, size=64, corruption={})
+    _, parts = make_sample(56, seed=0, size=64)
     truth = json.loads(parts["json"])
     assert shown == {key: truth[key] for key in shown}
     further = set(truth) - set(shown)

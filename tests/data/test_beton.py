@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_train.data import beton, decode
+from vlm_train.data import beton, beton_sample, decode
 from vlm_train.data.beton import ALLOCATION, FIELD, HEADER, BetonWriter
 from vlm_train.data.decode import SampleError
 from vlm_train.data.formats.beton import BetonFormat
@@ -312,8 +312,8 @@ def test_an_object_is_the_metadata(tmp_path, kind):
 @pytest.mark.parametrize("more", [{"other": {"n": 1}}, {"other": "x"}, {"txt": 1}, {"caption": "b"}])
 def test_an_object_that_only_looks_like_ours_is_metadata(more):
     ours = {"key": "k", "image": "jpg", "txt": "a", "other": {"cls": "3"}}
-    assert beton.unpack_text(ours) == ("k", "jpg", {"txt": b"a", "cls": b"3"})
-    assert beton.unpack_text(ours | more) is None
+    assert beton_sample.unpack(ours) == ("k", "jpg", {"txt": b"a", "cls": b"3"})
+    assert beton_sample.unpack(ours | more) is None
 
 
 def test_json_text_and_lists_are_captions(tmp_path):

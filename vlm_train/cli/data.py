@@ -124,7 +124,7 @@ def _make(words: list[str]) -> None:
 
 def _make_scenes(words: list[str]) -> None:
     from vlm_train.data.scenes.language import CONTRASTS
-    from vlm_train.data.scenes.make import SMALLEST_SIDE, make_scenes
+    from vlm_train.data.scenes.make import SMALLEST_SIDE, Variant, make_scenes
     from vlm_train.data.scenes.senses import SENSES
     from vlm_train.data.scenes.world import WHOLE, World
 
@@ -141,15 +141,14 @@ def _make_scenes(words: list[str]) -> None:
     }
     (out,), options = arguments(words, {"OUT": out_folder}, known)
     fewest, most = options["--num-objects"]
+    world = World(num_shapes=options["--num-shapes"], num_colors=options["--num-colors"], fewest=fewest, most=most)
     summary = make_scenes(
         out,
         num_samples=options["--num-samples"],
         seed=options["--seed"],
         size=options["--size"],
         val_fraction=options["--val-fraction"],
-        hold_out=options["--hold-out"],
-        world=World(num_shapes=options["--num-shapes"], num_colors=options["--num-colors"], fewest=fewest, most=most),
-        modalities=options["--modalities"],
+        variant=Variant(hold_out=options["--hold-out"], modalities=options["--modalities"], world=world),
         progress=Ticker("scenes"),
     )
     _tell(summary)

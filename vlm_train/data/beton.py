@@ -13,7 +13,6 @@ it. Source: the writer and reader of FFCV 1.0.2 (Leclerc et al., CVPR 2023), `ff
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,10 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.data import decode
+from vlm_train.data import beton_sample, decode
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File
-from vlm_train.data.modalities.members import modality_members
 from vlm_train.errors import DataError
 from vlm_train.locations import shown
 
@@ -45,7 +43,6 @@ _POINTER, _FLOAT, _INT = np.dtype("<u8"), np.dtype("<f8"), np.dtype("<i8")
 _ROWS = {0: _FLOAT, INT: _INT, IMAGE: _IMAGE_ROW, BYTES: _SPAN_ROW, 4: _POINTER, JSON: _SPAN_ROW, 6: _POINTER}
 
 PAGE_SIZE = 8 << 20
-_SAMPLE = {"key", "image", "txt", "json", "other"}
 _MAX_PAGE_SIZE = 1 << 31  # the largest power of two that the header has room for
 _MAX_SIDE = (1 << 16) - 1
 _CHUNK = 1 << 16  # rows or allocations that are held at a time
@@ -159,43 +156,8 @@ def allocated_sizes(file: File, layout: Layout, pointers: NDArray[np.uint64]) ->
     return sizes[np.searchsorted(known, pointers)]
 
 
-def pack_text(key: str, image: str, parts: Mapping[str, bytes]) -> bytes:
-    """The `sample` field of our files: {key, image: name of the image part, txt, json, other: {name: text}}. Every part
-    is there as its own text, verbatim, KEY.json too: so the bytes come back as they were.
-
-    Raises:
-        SampleError: several_images, or part_not_text for a part that is no UTF-8.
-    """
-    others = {name: content for name, content in parts.items() if name != image}
-    if more := decode.image_parts(others):
-        raise SampleError("several_images", got=[image, *more], allowed="one image to a sample of a .beton")
-    try:
-        texts = {name: content.decode("utf-8") for name, content in others.items()}
-    except UnicodeDecodeError as error:
-        held = [name for _, name in modality_members(others)]
-        raise SampleError("part_not_text", got=held or error, allowed="an image, and texts in UTF-8") from None
-    sample: dict[str, Any] = {
-        "key": key,
-        "image": image,
-        **{name: texts.pop(name) for name in ("txt", "json") if name in texts},
-    }
-    return json.dumps(sample | ({"other": texts} if texts else {}), ensure_ascii=False).encode() + b"\0"
-
-
-def unpack_text(content: Any) -> tuple[str, str, dict[str, bytes]] | None:
-    """(key, name of the image part, the other parts) of a `sample` field of ours; None for any other JSON."""
-    if not isinstance(content, dict) or not {"key", "image"} <= set(content) <= _SAMPLE:
-        return None
-    other, key, image = content.get("other", {}), content["key"], content["image"]
-    texts = {name: content[name] for name in ("txt", "json") if name in content}
-    texts |= other if isinstance(other, dict) else {"other": None}
-    if not all(isinstance(text, str) for text in [key, image, *texts.values()]):
-        return None
-    return key, image, {name: text.encode() for name, text in texts.items()}
-
-
 class BetonWriter:
-    """Writes one `.beton` of the fields `image`, `sample` (JSON, see `pack_text`) and `label` (-1: none).
+    """Writes one `.beton` of the fields `image`, `sample` (JSON, see `beton_sample`) and `label` (-1: none).
 
     A JPEG that FFCV can decode is stored as it is, byte for byte. FFCV knows neither orientation nor four colours nor
     PNG, so any other image is stored as the pixels that are displayed. Use it in a `with` block: the file appears,
@@ -245,7 +207,7 @@ class BetonWriter:
             raise DataError(f"more samples than announced for `{self.path}`", allowed=self.num_written)
         name = next(iter(decode.image_parts(parts)), "")
         mode, width, height, content = stored_image(decode.first_image(parts))
-        text = pack_text(key, name, parts)
+        text = beton_sample.pack(key, name, parts)
         label = decode.decode_label(decode.decode_metadata(parts))
         label = -1 if label is None else label
         start = self._place(len(content) + len(text))

@@ -87,11 +87,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` with the small start of CLIP's token table (std 0.02), not the unit normal."""
+    """`nn.Embedding` that starts from a normal of a given standard deviation; that of CLIP's token table if not given."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float = 0.02) -> None:
+        self.std = std  # before the base constructor, which calls reset_parameters
+        super().__init__(num_embeddings, embedding_dim)
 
     def reset_parameters(self) -> None:
-        """Weight normal(0, 0.02)."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Weight normal(0, std)."""
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class Attention(nn.Module):

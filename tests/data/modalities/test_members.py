@@ -9,7 +9,7 @@ from data_fixtures import ByteTokenizer, members_of, write_tar
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.convert import convert
 from vlm_train.data.decode import image_parts, sample_uid
-from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.make import Variant, make_sample
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.tape import read_shard
 from vlm_train.data.transforms import EvalTransform
@@ -23,7 +23,7 @@ SPECS = tuple(
 
 
 def scene(number=0, modalities=("depth", "audio", "motion")):
-    return make_sample(number, seed=3, size=32, corruption={}, modalities=modalities)[1]
+    return make_sample(number, seed=3, size=32, variant=Variant(modalities=modalities))[1]
 
 
 def test_the_uid_covers_what_is_there_and_is_the_old_one_where_nothing_is():

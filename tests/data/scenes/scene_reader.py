@@ -12,7 +12,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.make import Variant, make_sample
 from vlm_train.data.scenes.world import COLORS, SHAPES
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -21,7 +21,7 @@ PREDICATES = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1,
 
 
 def make(index: int, seed: int = 5, size: int = 64, **corruption: float) -> tuple[np.ndarray, dict, str]:
-    _, parts = make_sample(index, seed=seed, size=size, corruption=corruption)
+    _, parts = make_sample(index, seed=seed, size=size, variant=Variant(corruption=corruption))
     return np.asarray(Image.open(io.BytesIO(parts["png"]))), json.loads(parts["json"]), parts["txt"].decode()
 
 

@@ -16,7 +16,7 @@ from scene_reader import NOUN, answer, kind_of, kinds, make, relation_holds, say
 
 from vlm_train.data.scenes.claims import Thing, related
 from vlm_train.data.scenes.language import CONTRASTS
-from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.make import Variant, make_sample
 from vlm_train.data.scenes.world import COLORS, SHAPES, World, check_world
 from vlm_train.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_a_smaller_world_has_what_it_says_and_nothing_false_is_said_of_it(world,
             check_world(world)
         return
     check_world(world)
-    truth = json.loads(make_sample(index, seed=0, size=32, corruption={}, world=world)[1]["json"])
+    truth = json.loads(make_sample(index, seed=0, size=32, variant=Variant(world=world))[1]["json"])
     assert world.fewest <= len(truth["regions"]) <= world.most
     assert {row["class"] for row in truth["regions"]} <= set(SHAPES[: world.num_shapes])
     assert {row["attributes"][0] for row in truth["regions"]} <= set(list(COLORS)[: world.num_colors])

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from scene_reader import make, says
 
 from vlm_train.data.scenes import make_scenes
-from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.make import Variant, make_sample
 from vlm_train.errors import ConfigError
 
 
 @settings(max_examples=10, deadline=None)
 @given(index=st.integers(0, 2**40), seed=st.integers(0, 2**40), size=st.sampled_from([32, 64, 97, 224]))
 def test_a_sample_is_a_pure_function_of_its_arguments(index, seed, size):
-    one, two = (make_sample(index, seed=seed, size=size, corruption={}) for _ in range(2))
+    one, two = (make_sample(index, seed=seed, size=size) for _ in range(2))
     assert one == two
-    assert one != make_sample(index + 1, seed=seed, size=size, corruption={})
+    assert one != make_sample(index + 1, seed=seed, size=size)
     image, truth, _ = make(index, seed, size)
     assert image.shape == (size, size, 3)
     assert all(0 <= row["box"][0] < row["box"][2] <= size for row in truth["regions"])
@@ -62,8 +62,8 @@ def test_a_type_that_is_held_out_is_no_negative(tmp_path, kind):
     """Not even where another type gives the same false caption, as relation and order do."""
     num_same = 0
     for index in range(60):
-        whole = make_sample(index, seed=0, size=32, corruption={})[1]
-        part = make_sample(index, seed=0, size=32, corruption={}, hold_out=kind)[1]
+        whole = make_sample(index, seed=0, size=32)[1]
+        part = make_sample(index, seed=0, size=32, variant=Variant(hold_out=kind))[1]
         assert whole["png"] == part["png"]
         first, second = json.loads(whole["json"]), json.loads(part["json"])
         false = [row["false"] for row in first["contrasts"] if row["type"] == kind]
@@ -76,7 +76,7 @@ def test_a_type_that_is_held_out_is_no_negative(tmp_path, kind):
         num_same += len(first["negatives"]) - len(second["negatives"]) - len(false)
     assert (num_same > 0) == (kind == "order")
     with pytest.raises(ConfigError, match="no such type"):
-        make_scenes(tmp_path / "out", num_samples=1, hold_out="colour")
+        make_scenes(tmp_path / "out", num_samples=1, variant=Variant(hold_out="colour"))
 
 
 def test_corruption_is_written_down():
@@ -106,7 +106,7 @@ def test_corruption_is_written_down():
 @pytest.mark.parametrize("corruption", [{"blurry": 0.1}, {"blur": -0.1}, {"blur": 0.6, "noise": 0.6}])
 def test_impossible_corruption_is_refused(tmp_path, corruption):
     with pytest.raises(ConfigError):
-        make_scenes(tmp_path / "out", num_samples=1, corruption=corruption)
+        make_scenes(tmp_path / "out", num_samples=1, variant=Variant(corruption=corruption))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vlm_train.data.scenes import make_scenes
-from vlm_train.data.scenes.make import make_sample
+from vlm_train.data.scenes.make import Variant, make_sample
 from vlm_train.data.scenes.render import render
 from vlm_train.data.scenes.senses import RATE, SLOT_READINGS, SLOT_SAMPLES, sense
 from vlm_train.data.scenes.world import COLORS, SHAPES, Scene, SceneObject
@@ -76,18 +76,18 @@ def test_what_lies_on_top_is_nearer() -> None:
 
 
 def test_only_what_is_asked_for_is_made_and_nothing_else_changes(tmp_path) -> None:
-    plain = make_sample(7, seed=1, size=48, corruption={})[1]
-    full = make_sample(7, seed=1, size=48, corruption={}, modalities=ALL)[1]
+    plain = make_sample(7, seed=1, size=48)[1]
+    full = make_sample(7, seed=1, size=48, variant=Variant(modalities=ALL))[1]
     assert set(full) - set(plain) == {"depth.png", "wav", "motion.npy"} and plain.items() <= full.items()
-    assert full == make_sample(7, seed=1, size=48, corruption={}, modalities=ALL)[1]
-    one = make_sample(7, seed=1, size=48, corruption={}, modalities=["audio"])[1]
+    assert full == make_sample(7, seed=1, size=48, variant=Variant(modalities=ALL))[1]
+    one = make_sample(7, seed=1, size=48, variant=Variant(modalities=["audio"]))[1]
     assert (
         one == {**plain, "wav": full["wav"]}
-        and one["wav"] != make_sample(8, seed=1, size=48, corruption={}, modalities=["audio"])[1]["wav"]
+        and one["wav"] != make_sample(8, seed=1, size=48, variant=Variant(modalities=["audio"]))[1]["wav"]
     )
     for name, modalities in (("a", ["motion", "depth"]), ("b", ["depth", "motion"]), ("c", [])):
-        make_scenes(tmp_path / name, num_samples=6, modalities=modalities, num_workers=1)
+        make_scenes(tmp_path / name, num_samples=6, variant=Variant(modalities=modalities), num_workers=1)
     first, second, none = (json.loads((tmp_path / name / "dataset.json").read_text())["parameters"] for name in "abc")
     assert first == second == {**none, "modalities": ["depth", "motion"]} and "modalities" not in none
     with pytest.raises(ConfigError, match="no such modality"):
-        make_scenes(tmp_path / "d", num_samples=6, modalities=["smell"])
+        make_scenes(tmp_path / "d", num_samples=6, variant=Variant(modalities=["smell"]))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.data import beton, decode
+from vlm_train.data import beton, beton_sample, decode
 from vlm_train.data.beton import Field, Layout
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File, Range
@@ -245,7 +245,7 @@ def _parts(key: str, span: _Span, image: bytes | None, values: Sequence[Any]) ->
         SampleError: caption_utf8 or metadata_json.
     """
     try:
-        ours = beton.unpack_text(values[0])
+        ours = beton_sample.unpack(values[0])
         key, name, texts = ours or (key, "jpg", texts_of(values, span.label))
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
         raise SampleError("caption_utf8", got=error) from None

@@ -20,7 +20,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,43 @@ from vlm_train.errors import ConfigError
 SMALLEST_SIDE = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What makes a dataset another than the usual one.
+
+    Args:
+        corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
+        hold_out: a type of contrast (`language.CONTRASTS`) that `negatives` shall not have.
+        modalities: what a sample has beside picture and texts: some of depth, audio, motion.
+        world: what there can be in a scene.
+    """
+
+    corruption: Mapping[str, float] = field(default_factory=dict)
+    hold_out: str | None = None
+    modalities: Sequence[str] = ()
+    world: World = WHOLE
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        check_corruption(self.corruption)
+        check_world(self.world)
+        if self.hold_out not in (None, *CONTRASTS):
+            raise ConfigError("no such type of contrast", got=self.hold_out, allowed=", ".join(CONTRASTS))
+        for name in self.modalities:
+            if name not in SENSES:
+                raise ConfigError("scenes have no such modality", got=name, allowed=", ".join(SENSES))
+
+    def parameters(self) -> dict[str, Any]:
+        """What is asked for, for dataset.json; what is not asked for is not told: datasets of before are the same."""
+        told: dict[str, Any] = {"corruption": dict(self.corruption)}
+        told |= {"hold_out": self.hold_out} if self.hold_out else {}
+        told |= {"modalities": [name for name in SENSES if name in self.modalities]} if self.modalities else {}
+        return told | ({"world": asdict(self.world)} if self.world != WHOLE else {})
+
+
+USUAL = Variant()
+
+
 def make_scenes(
     out: Path,
     *,
@@ -56,10 +93,7 @@ def make_scenes(
     seed: int = 0,
     size: int = 64,
     val_fraction: float = 0.1,
-    corruption: Mapping[str, float] | None = None,
-    hold_out: str | None = None,
-    world: World = WHOLE,
-    modalities: Sequence[str] = (),
+    variant: Variant = USUAL,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -71,10 +105,7 @@ def make_scenes(
         seed: another seed, another dataset.
         size: side of the pictures in pixels, at least 32.
         val_fraction: share of the scenes that go to `val`.
-        corruption: kind (blur, noise, occlusion, caption_mismatch) to probability; none by default.
-        hold_out: a type of contrast (`language.CONTRASTS`) that `negatives` shall not have.
-        world: what there can be in a scene.
-        modalities: what a sample has beside picture and texts: some of depth, audio, motion.
+        variant: how it differs from the usual dataset.
         num_workers: processes; None is one for each core.
         progress: called after each scene.
 
@@ -82,20 +113,19 @@ def make_scenes(
         ConfigError: an argument out of its range.
         DataError: `out` holds something else.
     """
-    corruption = dict(corruption or {})
-    check_corruption(corruption)
-    _check(num_samples, size, val_fraction, hold_out, world)
-    modalities = [name for name in SENSES if name in set(_known(modalities))]
+    variant.check()
+    if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
+        got = {"num_samples": num_samples, "size": size, "val_fraction": val_fraction}
+        raise ConfigError(
+            "scenes cannot be made", got=got, allowed="num_samples >= 1, size >= 32, 0 <= val_fraction < 1"
+        )
     parameters = {"dataset": "scenes", "num_samples": num_samples, "seed": seed, "size": size}
-    parameters |= {"val_fraction": val_fraction, "corruption": corruption}
-    parameters |= {"hold_out": hold_out} if hold_out else {}  # datasets of before are still the same
-    parameters |= {"modalities": modalities} if modalities else {}
-    parameters |= {"world": asdict(world)} if world != WHOLE else {}
-    with DatasetWriter(Path(out), parameters=parameters) as writer:
+    with DatasetWriter(
+        Path(out), parameters={**parameters, "val_fraction": val_fraction, **variant.parameters()}
+    ) as writer:
         if writer.finished is not None:
             return writer.finished
-        wanted: dict[str, Any] = {"hold_out": hold_out, "world": world, "modalities": modalities}
-        make = partial(make_sample, seed=seed, size=size, corruption=corruption, **wanted)
+        make = partial(make_sample, seed=seed, size=size, variant=variant)
         kinds: Counter[str] = Counter()
         for index, (kind, parts) in enumerate(map_in_processes(make, range(num_samples), num_workers=num_workers)):
             split = "val" if hash_fraction(f"{seed}:{index}") < val_fraction else "train"
@@ -106,40 +136,14 @@ def make_scenes(
         return writer.finish(facts={"num_corrupted": dict(sorted(kinds.items()))})
 
 
-def _check(num_samples: int, size: int, val_fraction: float, hold_out: str | None, world: World) -> None:
-    check_world(world)
-    if hold_out not in (None, *CONTRASTS):
-        raise ConfigError("no such type of contrast", got=hold_out, allowed=", ".join(CONTRASTS))
-    if num_samples < 1 or size < SMALLEST_SIDE or not 0 <= val_fraction < 1:
-        got = {"num_samples": num_samples, "size": size, "val_fraction": val_fraction}
-        raise ConfigError(
-            "scenes cannot be made", got=got, allowed="num_samples >= 1, size >= 32, 0 <= val_fraction < 1"
-        )
-
-
-def _known(modalities: Sequence[str]) -> Sequence[str]:
-    for name in modalities:
-        if name not in SENSES:
-            raise ConfigError("scenes have no such modality", got=name, allowed=", ".join(SENSES))
-    return modalities
-
-
-def make_sample(
-    index: int,
-    *,
-    seed: int,
-    size: int,
-    corruption: Mapping[str, float],
-    hold_out: str | None = None,
-    world: World = WHOLE,
-    modalities: Sequence[str] = (),
-) -> tuple[str | None, dict[str, bytes]]:
-    """The kind of corruption (or None) and the parts of scene `index`: `png`, `txt`, `json`, those of `modalities`."""
+def make_sample(index: int, *, seed: int, size: int, variant: Variant = USUAL) -> tuple[str | None, dict[str, bytes]]:
+    """The kind of corruption (or None) and the parts of scene `index`: `png`, `txt`, `json`, those of modalities."""
+    world = variant.world
     scene, drawn, view = _see(f"scene {seed} {index}", size, world)
     image = drawn.image
-    truth = describe(random.Random(f"text {seed} {index}"), view, hold_out, world)
+    truth = describe(random.Random(f"text {seed} {index}"), view, variant)
     rng = random.Random(f"corruption {seed} {index}")
-    kind = pick_corruption(rng, corruption)
+    kind = pick_corruption(rng, variant.corruption)
     if kind == "caption_mismatch":
         truth["corruption"] = {"kind": kind, "true_captions": truth["captions"]}
         truth["captions"] = _false_captions(rng, view, size, world)
@@ -149,11 +153,12 @@ def make_sample(
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", compress_level=1)
     parts = {"png": stream.getvalue(), "txt": truth["captions"][0].encode(), "json": to_json(truth)}
-    return kind, parts | sense(scene, drawn.masks, f"{seed} {index}", modalities)
+    return kind, parts | sense(scene, drawn.masks, f"{seed} {index}", variant.modalities)
 
 
-def describe(rng: random.Random, view: View, hold_out: str | None = None, world: World = WHOLE) -> dict[str, Any]:
+def describe(rng: random.Random, view: View, variant: Variant) -> dict[str, Any]:
     """KEY.json of an undamaged scene."""
+    hold_out, world = variant.hold_out, variant.world
     contrasts = contrasts_of(rng, view, world)
     held_out = {row["false"] for row in contrasts if row["type"] == hold_out}  # two types may give the same text
     questions = questions_of(rng, view, world)

@@ -1,9 +1,10 @@
 """A tower that reads what stands in a picture instead of its pixels: a token for each region of KEY.json.
 
 A token is the sum of the embeddings of the region's names and of a projection of its box; nothing tells one token from
-another but these, so the order of regions does not count. A class token reads them all. It is what detectors' regions
-were to ViLBERT and LXMERT (arXiv 1908.02265, 1908.07490), with the names in place of a detector's features, and shows
-what an objective can teach where seeing is no obstacle.
+another but these, so the order of regions does not count. Both start at the scale of what they say: from the small
+start of word embeddings it took many times the steps to learn which thing stands where. A class token reads them all.
+It is what detectors' regions were to ViLBERT and LXMERT (arXiv 1908.02265, 1908.07490), with the names in place of a
+detector's features, and shows what an objective can teach where seeing is no obstacle.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class RegionTransformer(nn.Module):
         self.image_spec = as_image_spec(image)
         self.reads = ModalitySpec(name="regions", shape=(num_regions, 4 + NUM_REGION_NAMES))
         self.num_regions, self.out_dim = num_regions, width
-        self.names = Embedding(NUM_REGION_BUCKETS, width)
-        self.box = Linear(4, width, std=0.5)
+        self.names = Embedding(NUM_REGION_BUCKETS, width, std=0.5)
+        self.box = Linear(4, width, std=1.0)
         self.class_token = nn.Parameter(torch.empty(width))
         mlp_dim = 4 * width if mlp_dim is None else mlp_dim
         self.blocks = make_blocks(
