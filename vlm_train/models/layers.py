@@ -87,7 +87,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` that starts from a normal of a given standard deviation, if none is given that of CLIP's tokens."""
+    """`nn.Embedding` that starts from a normal of a given standard deviation, by default that of CLIP's tokens."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float = 0.02) -> None:
         self.std = std  # before the base constructor, which calls reset_parameters
