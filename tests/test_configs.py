@@ -72,7 +72,8 @@ OTHERS = [
     for size in ("width=32", "num_layers=1", "num_heads=2")
 ]
 LARGE = {  # choices of published size, cut down
-    **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16", "finetune", "distill_b32"), TOWERS),
+    **dict.fromkeys(("clip_b32", "clip_b16", "clip_l14", "flip_b16", "clipa_b16"), TOWERS),
+    **dict.fromkeys(("finetune", "distill_b32", "negclip"), TOWERS),
     "siglip_b16": [*TOWERS, "objective=sigmoid"],
     "siglip_so400m": [*TOWERS, "objective=sigmoid", "model.vision.mlp_dim=64", "model.text.mlp_dim=64"],
     "clip_rn50": RESNET,

@@ -1,10 +1,9 @@
 """A tower that reads what stands in a picture instead of its pixels: a token for each region of KEY.json.
 
 A token is the sum of the embeddings of the region's names and of a projection of its box; nothing tells one token from
-another but these, so the order of regions does not count. Both start at the scale of what they say: from the small
-start of word embeddings it took many times the steps to learn which thing stands where. A class token reads them all.
-It is what detectors' regions were to ViLBERT and LXMERT (arXiv 1908.02265, 1908.07490), with the names in place of a
-detector's features, and shows what an objective can teach where seeing is no obstacle.
+another but these, so the order of regions does not count. Both start at one scale, so that neither drowns the other. A
+class token reads them all. It is what detectors' regions were to ViLBERT and LXMERT (arXiv 1908.02265, 1908.07490),
+with the names in place of a detector's features, and shows what an objective can teach where seeing is no obstacle.
 """
 
 from __future__ import annotations
