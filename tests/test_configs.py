@@ -137,7 +137,8 @@ def test_a_recipe_is_short_and_says_how_to_run_it(choice: str) -> None:
 
 
 def test_no_two_recipes_are_the_same() -> None:
-    views = [str(learning_view(compose_config([f"experiment={name}"]))) for name in groups()["experiment"]]
+    words = [[f"experiment={name}", *EXTRA.get(("experiment", name), [])] for name in groups()["experiment"]]
+    views = [str(learning_view(compose_config(each))) for each in words]
     assert len(set(views)) == len(views)
 
 
