@@ -40,8 +40,8 @@ def main() -> int:
 
 
 def prove(folder: Path, *, num_samples: int, num_steps: tuple[int, int]) -> list[Row]:
-    """A row for each modality, and the score of images and texts, which bounds them; `num_steps` of the first run and of
-    the second."""
+    """A row for each modality, and the score of images and texts, which bounds them. `num_steps`: of the first run, and
+    of the second."""
     data = _runs.make_scenes(folder, num_samples, "--modalities", ",".join(MODALITIES))
     wrong = rewritten(data, folder / "shuffled", shuffled)
     train(folder, data, "anchor", num_steps[0], "model=regions_tiny")
