@@ -23,14 +23,14 @@ def kernels(run: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_attention_kernel(tmp_path: Path, scenes: Path) -> None:
     """With a moving average, and activations that are computed again."""
-    extra = ("precision=fp64", "optim.ema_decay=0.9", "strategy.recompute=true", "evaluation=none")
+    extra = ("optim.ema_decay=0.9", "strategy.recompute=true", "evaluation=none")
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     _runs.call(tmp_path, words(scenes, whole, *extra))
     _runs.kill_after(tmp_path, words(scenes, changed, *extra, "attention=flash"), changed, 4)
     _runs.call(tmp_path, words(scenes, changed, *extra, "attention=eager"))
     assert kernels(whole) == ["sdpa"] and kernels(changed) == ["flash; sdpa where masked", "eager"]
     losses = _runs.losses(changed)
-    assert losses == pytest.approx(_runs.losses(whole), abs=1e-12)  # measured 1.3e-15
+    assert losses == pytest.approx(_runs.losses(whole), abs=1e-5)  # the rounding of fp32 over a few steps
     assert losses[3:] != _runs.losses(whole)[3:]  # other kernels round otherwise: eager was used
 
 

@@ -15,6 +15,7 @@ from vlm_train.cli import walk
 from vlm_train.cli.main import main
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.walk import Walk
+from vlm_train.types import Batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "proof"))
 import _runs
@@ -84,8 +85,8 @@ def test_what_no_walk_can_be_made_of_is_told(
 class Stub:
     """An embedder that gives each picture the vector that its first pixel asks for."""
 
-    def images(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 4).float()
+    def images(self, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.one_hot(batch["images"][:, 0, 0, 0].long(), 4).float()
 
 
 def test_samples_that_cannot_be_used_are_known_by_their_rows() -> None:

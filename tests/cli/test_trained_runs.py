@@ -140,6 +140,7 @@ def test_another_evaluation_leaves_the_records_alone(trained: Trained, capsys: p
         (["evaluation.batch_size=1,2"], "one value"),
         (["checkpoint=step-3"], "no checkpoint"),
         (["device=tpu"], "no such device"),
+        (["device=cpu", "devices=99999"], "a core or a GPU each"),
         (["out=nowhere/x.json"], "existing folder"),
     ],
 )

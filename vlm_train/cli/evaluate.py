@@ -6,6 +6,7 @@ overridden) writes there. Anything else is an experiment of its own: it is print
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +77,18 @@ def main(words: list[str]) -> int:
 
 
 def _check_ranks(num_ranks: int, device: torch.device) -> None:
-    """Refuses more ranks than GPUs, and several ranks on one."""
+    """Refuses more ranks than GPUs or cores, and several ranks on one GPU."""
     import torch
 
-    if num_ranks == 1 or device.type == "cpu":
+    is_cpu = device.type == "cpu"
+    most = max(2, os.cpu_count() or 1) if is_cpu else torch.cuda.device_count()
+    if num_ranks == 1 or (num_ranks <= most and device.index is None):
         return
-    num_gpus = torch.cuda.device_count()
-    if device.index is not None or num_ranks > num_gpus:
-        raise ConfigError("several ranks take a GPU each", got=f"devices={num_ranks} device={device}, {num_gpus} GPUs",
-                          allowed=f"devices from 1 to {num_gpus}, with device=cuda",
-                          remedy=f"devices={num_gpus} device=cuda")  # fmt: skip
+    what = "cores" if is_cpu else "GPUs"
+    raise ConfigError("several ranks take a core or a GPU each",
+                      got=f"devices={num_ranks} device={device}, {most} {what}",
+                      allowed=f"devices from 1 to {most}, with device={device.type}",
+                      remedy=f"devices={most} device={device.type}")  # fmt: skip
 
 
 def override(run: RunDirectory, words: list[str]) -> DictConfig:

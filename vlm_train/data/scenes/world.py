@@ -76,8 +76,8 @@ def check_world(world: World) -> None:
         raise ConfigError(
             "there can be no such world of scenes",
             got=f"{world.num_shapes} shapes, {world.num_colors} colors, {world.fewest} to {world.most} objects",
-            allowed=f"up to {len(SHAPES)} shapes, {len(COLORS)} colors, {MOST_OBJECTS} objects, each of its own kind",
-            remedy="fewer objects, or more shapes and colors",
+            allowed=f"1 to {len(SHAPES)} shapes, {len(COLORS)} colors, {MOST_OBJECTS} objects, each of its own kind",
+            remedy="--num-objects 1-4 --num-shapes 3 --num-colors 6",
         )
 
 
