@@ -35,11 +35,12 @@ from vlm_train.engine.bad_samples import record_left_out
 from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
+from vlm_train.evaluation.base import Embedder
 from vlm_train.models.bound_encoder import BoundEncoder
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
 from vlm_train.schema import plain, read_config
-from vlm_train.types import ImageSpec, Jumps, ModalitySpec, TextSpec, Tokenizer
+from vlm_train.types import ImageSpec, Jumps, ModalitySpec, Source, TextSpec, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,18 +161,31 @@ def train_loader(parts: Parts, placement: Placement, jumps: Jumps = ()) -> Train
     return TrainLoader(steps=steps, num_workers=config.data.num_workers, jumps=jumps)
 
 
+def eval_loader(
+    parts: Parts, source: Source, placement: Placement = Placement(rank=0, world_size=1), num_workers: int = 0
+) -> EvalLoader:
+    """This rank's share of a source as evaluation reads it."""
+    return EvalLoader(
+        source=source,
+        encoder=encoder(parts, train=False),
+        batch_size=parts.config.evaluation.batch_size,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        num_workers=num_workers,
+    )
+
+
+def embedder(parts: Parts, device: torch.device) -> Embedder:
+    """The model on `device`, as evaluators see it, in the precision that it was trained in."""
+    autocast = AUTOCAST.get(parts.config.precision.name)
+    return Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
+
+
 def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     """The evaluators of the config over its validation split."""
     config = parts.config
     data = plain(config.data)
-    loader_of = partial(
-        EvalLoader,
-        encoder=encoder(parts, train=False),
-        batch_size=config.evaluation.batch_size,
-        rank=placement.rank,
-        world_size=placement.world_size,
-        num_workers=0,
-    )
+    loader_of = partial(eval_loader, parts, placement=placement)
     return EvaluationSuite(
         evaluators={name: make(node) for name, node in config.evaluation.evaluators.items()},
         loader=loader_of(source=building.eval_source(data)),

@@ -189,6 +189,11 @@ class Model(Protocol):
         """Forward FLOPs of one sample by part (`vision`, `text`): 2 per multiply-add, no recompute, no padding."""
 
 
+def has_modality(batch: Batch, name: str) -> Tensor:
+    """Which rows of the batch have modality `name`, one of `MODALITIES`: bool [B]."""
+    return batch["there"][:, MODALITIES.index(name)]
+
+
 class Evaluator(Protocol):
     """Measures a model. `run` is called on every rank with this rank's batches and returns the same dict on each."""
 

@@ -82,13 +82,11 @@ def _embed(run: Any, arguments: Arguments, gallery: Gallery, texts: list[str]) -
     from vlm_train import build
     from vlm_train.cli.progress import Ticker
     from vlm_train.data.transforms import EvalTransform, render
-    from vlm_train.evaluation.base import Embedder
     from vlm_train.evaluation.search import index_pictures
 
     device = choose_device(arguments.optional("device"))
     parts = build.load(run.path, checkpoint=choose_checkpoint(run, arguments.optional("checkpoint")))
-    autocast = build.AUTOCAST.get(parts.config.precision.name)
-    embedder = Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
+    embedder = build.embedder(parts, device)
     transform, unused = EvalTransform(spec=embedder.model.image_spec), np.random.default_rng(0)
 
     def load(number: int) -> np.ndarray:

@@ -90,20 +90,9 @@ def write_walk(
 def _embedded(parts: Parts, source: Source, device: torch.device, *, by: str, num_workers: int) -> Embedded:
     """Unit features of the samples that can be used [M, D], in file order, and which of all these are [N]."""
     from vlm_train import build
-    from vlm_train.data.pipeline import EvalLoader
-    from vlm_train.evaluation.base import Embedder
 
-    loader = EvalLoader(
-        source=source,
-        encoder=build.encoder(parts, train=False),
-        batch_size=parts.config.evaluation.batch_size,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-    )
-    autocast = build.AUTOCAST.get(parts.config.precision.name)
-    embedder = Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
-    features, usable = _collect(embedder, loader, len(source), by=by)
+    loader = build.eval_loader(parts, source, num_workers=num_workers)
+    features, usable = _collect(build.embedder(parts, device), loader, len(source), by=by)
     if len(features) < 2:
         raise DataError("there are no neighbours", got=f"{len(features)} samples that can be used",
                         allowed="two or more", remedy="vlm-train data verify SHARDS --mode full")  # fmt: skip

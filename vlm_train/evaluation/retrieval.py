@@ -25,7 +25,7 @@ from vlm_train.errors import ConfigError, DataError
 from vlm_train.evaluation.base import Embed, check_counts, counted, interval_95, percent
 from vlm_train.evaluation.metrics import Standing, exact, knowing_nothing
 from vlm_train.evaluation.ranking import check_unit, mean_credit, one_row_per_text, paired_standings
-from vlm_train.types import MODALITIES, Batch
+from vlm_train.types import MODALITIES, Batch, has_modality
 
 _NUM_MATRIX_ITEMS = 32
 _NUM_SEARCHES = 8
@@ -128,7 +128,7 @@ def _embed(embedder: Embed, batches: Iterator[Batch], item: str) -> _Share:
     images_ID, texts_ND, item_N = [], [], []
     for batch in batches:
         # padding rows are embedded too: every rank runs the same forwards
-        keep = counted(batch) if item == "image" else counted(batch) & batch["there"][:, MODALITIES.index(item)].cpu()
+        keep = counted(batch) if item == "image" else counted(batch) & has_modality(batch, item).cpu()
         rows = keep.nonzero().flatten().tolist()
         captions = batch["all_captions"] if "all_captions" in batch else [[text] for text in batch["captions"]]
         first = len(keys)

@@ -96,28 +96,27 @@ class BoundEncoder(DualEncoder):
         )
         self.modalities += tuple(tower.reads for tower in others.values())
         self.outputs = DualEncoder.outputs | {f"{name}_features" for name in others}
-        self._needed = self.outputs
 
     def give_only(self, outputs: Collection[str]) -> None:
         """From now on `forward` gives these outputs alone; the towers of others neither run nor learn. Each can still
         encode."""
-        self._needed = frozenset(outputs)
+        self.outputs = frozenset(outputs)
         for name, part in self._parts().items():
-            if f"{name}_features" not in self._needed:
+            if f"{name}_features" not in self.outputs:
                 part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Outputs:
-        """`NAME_features` [B, E] of what is needed: of `image` and `text` from the fields that `DualEncoder` reads, of
+        """`NAME_features` [B, E] of `outputs`: of `image` and `text` from the fields that `DualEncoder` reads, of
         each other modality from the field of its name."""
         fields: Any = batch
         outputs = {
             f"{name}_features": self.encode_other(name, fields[name])
             for name in self.others
-            if f"{name}_features" in self._needed
+            if f"{name}_features" in self.outputs
         }
-        if "image_features" in self._needed:
+        if "image_features" in self.outputs:
             outputs["image_features"] = self.embed_images(batch)
-        if "text_features" in self._needed:
+        if "text_features" in self.outputs:
             outputs["text_features"] = self.encode_text(batch["text_ids"], batch["text_mask"])
         return outputs
 
@@ -136,13 +135,13 @@ class BoundEncoder(DualEncoder):
         return cast(Tensor, self.others[name](values))
 
     def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
-        """Forward FLOPs of one sample by part (`vision`, `text`, `others.NAME`), of those that are needed."""
+        """Forward FLOPs of one sample by part (`vision`, `text`, `others.NAME`), of those that run."""
         flops = super().forward_flops(num_text_tokens)
         for output, part in (("image_features", "vision"), ("text_features", "text")):
-            if output not in self._needed:
+            if output not in self.outputs:
                 del flops[part]
         others = {name: cast(BoundTower, part).forward_flops() for name, part in self.others.items()}
-        return flops | {f"others.{name}": each for name, each in others.items() if f"{name}_features" in self._needed}
+        return flops | {f"others.{name}": each for name, each in others.items() if f"{name}_features" in self.outputs}
 
     def _parts(self) -> dict[str, nn.Module]:
         """Every module by the modality that it serves alone."""

@@ -20,7 +20,7 @@ from vlm_train.distributed import collectives
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import CoupledObjective, counted_rows
 from vlm_train.objectives.pairing import NOBODY, Pairing, gathered_bytes
-from vlm_train.types import MODALITIES, Batch, Model
+from vlm_train.types import MODALITIES, Batch, Model, has_modality
 
 Partners = Literal["pair", "content"]
 Implementation = Literal["auto", "gathered", "tiled"]
@@ -106,7 +106,7 @@ class Contrastive(CoupledObjective):
         rows = counted_rows(batch)
         for name in self.pair:
             if name in MODALITIES:
-                rows = rows & batch["there"][:, MODALITIES.index(name)]
+                rows = rows & has_modality(batch, name)
         return rows
 
     def features(self, model: Model, batch: Batch) -> dict[str, Tensor]:
