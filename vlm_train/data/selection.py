@@ -22,7 +22,6 @@ endian) or `weights.npy` (uint16 in units of 1/256, filled up with zeros to a mu
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data import row_folder
 from vlm_train.data.cumulative import UNIT, Bits, Cumulative, Weights
 from vlm_train.errors import DataError
 
@@ -130,8 +130,8 @@ class Selection:
         }
         with open(target / f"{self.content.file_name}.tmp", "wb") as file:
             np.save(file, self.content.array, allow_pickle=False)
-        (target / "provenance.json.tmp").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-        for name in (self.content.file_name, "provenance.json"):
+        (target / f"{row_folder.NAME}.tmp").write_bytes(row_folder.text_of(facts))
+        for name in (self.content.file_name, row_folder.NAME):
             os.replace(target / f"{name}.tmp", target / name)
         for kind in (Bits, Weights):
             if kind.file_name != self.content.file_name:
@@ -145,36 +145,23 @@ class Selection:
             DataError: it is missing, damaged, or belongs to another manifest.
         """
         source = Path(directory)
-        try:
-            facts = json.loads((source / "provenance.json").read_text())
-            content = _read(source, facts)
+
+        def make(facts: dict[str, Any]) -> tuple[Selection, Any]:
             own = {name: value for name, value in facts.items() if name not in _OWN_FACTS}
-            found = cls(content, manifest=facts["manifest"], provenance=own)
-            checksum = facts.get("checksum", facts["fingerprint"])  # version 1 had no checksum
-        except Exception as error:  # readers of JSON and of arrays raise whatever they like on damaged bytes
-            raise DataError(
-                f"selection `{source}` cannot be read",
-                got=f"{type(error).__name__}: {error}",
-                allowed="a directory with provenance.json and the selection.npy or weights.npy that it names",
-                remedy="make the selection again",
-            ) from None
-        if content.checksum() != checksum:
+            found = cls(_read(source, facts), manifest=facts["manifest"], provenance=own)
+            return found, facts.get("checksum", facts["fingerprint"])  # version 1 had no checksum
+
+        contents = "the selection.npy or weights.npy that it names"
+        found, checksum = row_folder.load(source, what="selection", contents=contents, version=_VERSION, make=make)
+        if found.content.checksum() != checksum:
             raise DataError(f"selection `{source}` is damaged", got="content that does not match provenance.json")
-        if found.manifest not in (None, manifest):
-            raise DataError(
-                f"selection `{source}` was made for other data",
-                got=f"manifest {found.manifest}",
-                allowed=f"manifest {manifest}",
-                remedy="give the shards it was made for, or make it again on these",
-            )
+        row_folder.check_manifest(source, what="selection", found=found.manifest, manifest=manifest)
         return found
 
 
 def _read(source: Path, facts: Mapping[str, Any]) -> Cumulative:
     """The content that provenance.json names; version 1 knew bits alone."""
     name, num_rows = facts.get("content", Bits.file_name), int(facts["num_rows"])
-    if facts["version"] > _VERSION:
-        raise ValueError(f"version {facts['version']} of the format, this release knows {_VERSION}")
     if name == Weights.file_name:
         units = np.load(source / name, mmap_mode="r", allow_pickle=False)
         return Weights(units, num_rows, str(facts["fingerprint"]))

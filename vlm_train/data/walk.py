@@ -10,7 +10,6 @@ map the file and share it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data import row_folder
 from vlm_train.data.home import write_whole
 from vlm_train.errors import DataError
 
@@ -68,7 +68,7 @@ class Walk:
             "sha256": self.fingerprint,
         }
         write_whole(target / _FILE, self.rows.data)
-        write_whole(target / "provenance.json", (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+        write_whole(target / row_folder.NAME, row_folder.text_of(facts))
 
     @classmethod
     def load(cls, directory: Path | str, manifest: str) -> Walk:
@@ -78,30 +78,18 @@ class Walk:
             DataError: it is missing, damaged, or belongs to another manifest.
         """
         source = Path(directory)
-        try:
-            facts = json.loads((source / "provenance.json").read_text())
-            if facts["version"] > _VERSION:
-                raise ValueError(f"version {facts['version']} of the format, this release knows {_VERSION}")
+
+        def make(facts: dict[str, Any]) -> tuple[Walk, str]:
             rows = np.memmap(source / _FILE, _kind(facts["num_rows"]), mode="r")
             own = {name: value for name, value in facts.items() if name not in _OWN_FACTS}
-            found, sha256 = cls(rows, manifest=facts["manifest"], provenance=own), facts["sha256"]
-        except Exception as error:  # readers of JSON and of arrays raise whatever they like on damaged bytes
-            raise DataError(
-                f"walk `{source}` cannot be read",
-                got=f"{type(error).__name__}: {error}",
-                allowed=f"a directory with provenance.json and {_FILE}, as `vlm-train data walk` writes it",
-                remedy="make the walk again",
-            ) from None
+            return cls(rows, manifest=facts["manifest"], provenance=own), facts["sha256"]
+
+        contents = f"{_FILE}, as `vlm-train data walk` writes it"
+        found, sha256 = row_folder.load(source, what="walk", contents=contents, version=_VERSION, make=make)
         if found.fingerprint != sha256:
             raise DataError(f"walk `{source}` is damaged", got=f"{_FILE} that does not match provenance.json",
                             remedy="make the walk again")  # fmt: skip
-        if found.manifest not in (None, manifest):
-            raise DataError(
-                f"walk `{source}` was made for other data",
-                got=f"manifest {found.manifest}",
-                allowed=f"manifest {manifest}",
-                remedy="give the shards it was made for, or make it again on these",
-            )
+        row_folder.check_manifest(source, what="walk", found=found.manifest, manifest=manifest)
         return found
 
 

@@ -231,6 +231,16 @@ def make_blocks(
     )
 
 
+def prepend(token_D: Tensor, x_BPD: Tensor) -> Tensor:
+    """A class token in front of every row: [B, P, D] -> [B, P + 1, D], in the precision of the row."""
+    return torch.cat([token_D.to(x_BPD.dtype).expand(len(x_BPD), 1, -1), x_BPD], dim=1)
+
+
+def first_of(x_BTD: Tensor) -> Tensor:
+    """The position [B] of the first token of every row, for `run_blocks` to read."""
+    return torch.zeros(len(x_BTD), dtype=torch.int64, device=x_BTD.device)
+
+
 def take(x_BTD: Tensor, read_B: Tensor) -> Tensor:
     """The token at position `read_B` of every row: [B, T, D] -> [B, 1, D]."""
     return x_BTD.gather(1, read_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers import Activation, blocks_flops, make_blocks, run_blocks
+from vlm_train.models.layers import Activation, blocks_flops, first_of, make_blocks, prepend, run_blocks
 from vlm_train.models.vision.vit import PatchEmbedding
 from vlm_train.types import MODALITIES, ModalitySpec
 
@@ -81,13 +81,11 @@ class SignalTransformer(nn.Module):
 
     def forward(self, values_BCHW: Tensor) -> Tensor:
         """[B, *reads.shape] -> [B, D], not L2-normalised."""
-        num_samples = len(values_BCHW)
         values_BCHW = (values_BCHW - self.mean) / self.std
         x_BPD = self.patch_embed(values_BCHW if values_BCHW.ndim == 4 else values_BCHW[:, None])
-        x_BTD = torch.cat([self.class_token.to(x_BPD.dtype).expand(num_samples, 1, -1), x_BPD], dim=1)
+        x_BTD = prepend(self.class_token, x_BPD)
         x_BTD = x_BTD + self.position.to(x_BTD.dtype)
-        read_B = torch.zeros(num_samples, dtype=torch.int64, device=x_BTD.device)
-        return self.post_norm(run_blocks(self.blocks, x_BTD, read_B=read_B)).squeeze(1)
+        return self.post_norm(run_blocks(self.blocks, x_BTD, read_B=first_of(x_BTD))).squeeze(1)
 
     def forward_flops(self) -> float:
         """Forward FLOPs of one sample."""

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_train.models.layers import Activation, Embedding, Linear, blocks_flops, linear_flops, make_blocks, run_blocks
+from vlm_train.models.layers import (
+    Activation,
+    Embedding,
+    Linear,
+    blocks_flops,
+    first_of,
+    linear_flops,
+    make_blocks,
+    prepend,
+    run_blocks,
+)
 from vlm_train.models.vision.image import as_image_spec
 from vlm_train.types import NUM_REGION_BUCKETS, NUM_REGION_NAMES, ImageSpec, ModalitySpec
 
@@ -72,11 +82,9 @@ class RegionTransformer(nn.Module):
         named_BNLD = self.names(names_BNL) * (names_BNL > 0)[..., None]
         dtype = named_BNLD.dtype
         x_BND = named_BNLD.sum(2) + self.box((boxes_BN4 / (_PER_SIDE / 2) - 1).to(self.box.weight.dtype)).to(dtype)
-        num_pictures = len(regions_BNF)
-        x_BTD = torch.cat([self.class_token.to(dtype).expand(num_pictures, 1, -1), x_BND], dim=1)
+        x_BTD = prepend(self.class_token, x_BND)
         there_BT = F.pad(names_BNL[..., 0] > 0, (1, 0), value=True)
-        read_B = torch.zeros(num_pictures, dtype=torch.int64, device=x_BTD.device)
-        x_B1D = run_blocks(self.blocks, x_BTD, mask=there_BT[:, None, None, :], read_B=read_B)
+        x_B1D = run_blocks(self.blocks, x_BTD, mask=there_BT[:, None, None, :], read_B=first_of(x_BTD))
         return self.post_norm(x_B1D).squeeze(1)
 
     def forward_flops(self) -> float:

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
 from vlm_train.models.adapt import resized_grid
-from vlm_train.models.layers import Activation, AttentionPool, blocks_flops, make_blocks, run_blocks
+from vlm_train.models.layers import (
+    Activation,
+    AttentionPool,
+    blocks_flops,
+    first_of,
+    make_blocks,
+    prepend,
+    run_blocks,
+)
 from vlm_train.models.vision.image import as_image_spec
 from vlm_train.types import ImageSpec
 
@@ -131,18 +139,16 @@ class VisionTransformer(nn.Module):
         return self._run(pixels_B3SS, kept_BK, reads_all=True)
 
     def _run(self, pixels_B3SS: Tensor, kept_BK: Tensor | None, *, reads_all: bool) -> Tensor:
-        num_images = pixels_B3SS.shape[0]
         x_BPD = self.patch_embed(pixels_B3SS)
         if self.class_token is not None:
-            x_BPD = torch.cat([self.class_token.to(x_BPD.dtype).expand(num_images, 1, -1), x_BPD], dim=1)
+            x_BPD = prepend(self.class_token, x_BPD)
         x_BPD = x_BPD + self.position.to(x_BPD.dtype)
         if kept_BK is not None:
             kept_BK = kept_BK if self.class_token is None else F.pad(kept_BK + 1, (1, 0))  # the class token is first
             x_BPD = x_BPD.gather(1, kept_BK[:, :, None].expand(-1, -1, x_BPD.shape[-1]))
         if self.pre_norm is not None:
             x_BPD = self.pre_norm(x_BPD)
-        read_B = None if reads_all else torch.zeros(num_images, dtype=torch.int64, device=x_BPD.device)
-        return self.post_norm(run_blocks(self.blocks, x_BPD, read_B=read_B))
+        return self.post_norm(run_blocks(self.blocks, x_BPD, read_B=None if reads_all else first_of(x_BPD)))
 
     def resized_position(self, position_PD: Tensor) -> Tensor:
         """The positions of a tower for another image size or patch size, at the size of this one."""
