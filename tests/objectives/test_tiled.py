@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tile_cases import make_pairing, outcome, unit
 from torch import Tensor
 
 from vlm_train.distributed import collectives
@@ -17,40 +17,11 @@ from vlm_train.distributed.testing import run_ranks
 from vlm_train.objectives import tiled
 from vlm_train.objectives.contrastive import Contrastive, device_memory
 from vlm_train.objectives.infonce import InfoNCE
-from vlm_train.objectives.pairing import NOBODY, Pairing, gathered_bytes, sigmoid_gathered, softmax_gathered
+from vlm_train.objectives.pairing import Pairing, gathered_bytes, sigmoid_gathered, softmax_gathered
 from vlm_train.objectives.sigmoid import Sigmoid
 from vlm_train.objectives.tiled import sigmoid_tiled, softmax_tiled
 
 KINDS = pytest.mark.parametrize("kind", [InfoNCE, Sigmoid])
-
-
-def unit(num_rows: int, width: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
-    return F.normalize(torch.randn(num_rows, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
-
-
-def make_pairing(num_pairs: int, num_hard: int, num_contents: int, seed: int) -> Pairing:
-    """Pairs of which some share a content, and hard captions behind."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, num_contents, (num_pairs, 2), generator=generator)
-    num_texts = num_pairs + num_hard
-    return Pairing(
-        image_BD=unit(num_pairs, 8, generator).requires_grad_(),
-        text_CD=unit(num_texts, 8, generator).requires_grad_(),
-        image_ids=ids,
-        text_ids=torch.cat([ids, torch.full((num_hard, 2), NOBODY)]),
-        image_counts=[num_pairs],
-        text_counts=[num_texts],
-    )
-
-
-def outcome(loss: Callable[..., tuple[Tensor, ...]], pairing: Pairing, *parameters: float) -> list[Tensor]:
-    """Loss, hits, and every gradient."""
-    pairing.image_BD.grad = pairing.text_CD.grad = None
-    leaves = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in parameters]
-    values = loss(pairing, *leaves)
-    (values[0] * 0.37).backward()
-    gradients = [pairing.image_BD.grad, pairing.text_CD.grad, *(leaf.grad for leaf in leaves)]
-    return [value.detach() for value in (*values, *gradients) if value is not None]
 
 
 @settings(max_examples=60, deadline=None)
