@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_train.data.decode import SampleError
-from vlm_train.data.modalities.motion import read_motion
+from vlm_train.data.modalities.motion import decode_motion, read_motion
 from vlm_train.data.transforms import Plan
 
 PLAN = Plan(width=4, height=4, box=(0, 0, 4, 4), resized=(4, 4), size=4)
@@ -56,3 +56,10 @@ def test_what_is_no_motion_is_told(data, reason):
     with pytest.raises(SampleError) as caught:
         read(data)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("array", [np.zeros(6), np.zeros((2, 0)), np.full((2, 6), np.nan), np.full((2, 6), 1e300)])
+def test_whoever_knows_no_number_of_channels_finds_it_too(array):
+    with pytest.raises(SampleError):
+        decode_motion(npy(array))
+    assert decode_motion(GOOD).shape == (2, 6)

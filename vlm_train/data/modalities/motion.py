@@ -36,18 +36,15 @@ def read_motion(
         return None
     readings = decode_motion(parts[MOTION])
     num_channels, length = shape
-    if readings.ndim != 2 or readings.shape[0] != num_channels or not readings.size:
+    if readings.shape[0] != num_channels:
         raise SampleError("motion_corrupt", got=f"shape {readings.shape}", allowed=f"[{num_channels}, time]")
     start = max(0, readings.shape[1] - length) // 2
-    with np.errstate(over="ignore"):
-        kept = readings[:, start : start + length].astype(np.float32)
-    if not np.isfinite(kept).all():
-        raise SampleError("motion_corrupt", got="a reading that is not finite")
+    kept = readings[:, start : start + length]
     return np.pad(kept, ((0, 0), (0, length - kept.shape[1])))
 
 
-def decode_motion(data: bytes) -> NDArray[Any]:
-    """Whatever array of numbers the file holds, as it lies there. Raises SampleError."""
+def decode_motion(data: bytes) -> NDArray[np.float32]:
+    """[channels, time] of the file, whatever numbers it holds them in. Raises SampleError."""
     stream = io.BytesIO(data)
     try:
         shape, by_columns, dtype = _HEADERS[npy.read_magic(stream)](stream)
@@ -60,4 +57,11 @@ def decode_motion(data: bytes) -> NDArray[Any]:
     if dtype.kind not in "fiu" or min(shape, default=0) < 0 or len(data) - start != size * dtype.itemsize:
         raise SampleError("motion_corrupt", got=f"{len(data) - start} bytes of {dtype} for shape {shape}",
                           allowed="as many numbers as its shape says")  # fmt: skip
-    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
+    if len(shape) != 2 or not size:
+        raise SampleError("motion_corrupt", got=f"shape {shape}", allowed="[channels, time], and readings in it")
+    readings = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
+    with np.errstate(over="ignore"):
+        readings = readings.astype(np.float32)
+    if not np.isfinite(readings).all():
+        raise SampleError("motion_corrupt", got="a reading that is not finite")
+    return readings
