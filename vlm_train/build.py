@@ -25,6 +25,7 @@ from torch import nn
 from vlm_train import origins
 from vlm_train.data import building
 from vlm_train.data.collate import SampleEncoder
+from vlm_train.data.dialogue import DialogueEncoder
 from vlm_train.data.indexing import Progress
 from vlm_train.data.pipeline import EvalLoader, TrainLoader
 from vlm_train.data.steps import StreamSpec
@@ -35,12 +36,13 @@ from vlm_train.engine.bad_samples import record_left_out
 from vlm_train.engine.evaluation import AUTOCAST, EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError, VlmError
+from vlm_train.evaluation.answering import Answerer, check_asked
 from vlm_train.evaluation.base import Embedder
 from vlm_train.models.bound_encoder import BoundEncoder
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
 from vlm_train.schema import plain, read_config
-from vlm_train.types import ImageSpec, Jumps, ModalitySpec, Source, TextSpec, Tokenizer
+from vlm_train.types import DialogueSpec, ImageSpec, Jumps, ModalitySpec, Source, TextSpec, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,8 @@ def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Pro
         return
     tokenizer: Any = origins.tokenizer(config) or make(config.model.tokenizer)
     if _waits(tokenizer):
-        tokenizer = tokenizer(building.train_captions(data))
+        reads_dialogues = "dialogue_labels" in make(config.objective).reads
+        tokenizer = tokenizer(building.train_captions(data, with_dialogues=reads_dialogues))
     tokenizer.save(str(run.tokenizer))
 
 
@@ -133,7 +136,15 @@ def encoder(parts: Parts, *, train: bool) -> SampleEncoder:
         hard_captions=config.data.hard_captions if train else 0,
         contents=train and "contents" in parts.objective.reads,
         modalities=parts.modalities,
+        dialogues=dialogues(parts) if hasattr(parts.model, "dialogue") else None,
     )
+
+
+def dialogues(parts: Parts) -> DialogueEncoder:
+    """How the dialogues of a generative model are written."""
+    data, spec = parts.config.data, parts.model.dialogue
+    assert isinstance(spec, DialogueSpec)
+    return DialogueEncoder(template=data.template, tokenizer=parts.tokenizer, spec=spec, system=data.system)
 
 
 def stream_spec(config: DictConfig) -> StreamSpec:
@@ -175,8 +186,16 @@ def eval_loader(
     )
 
 
+def interface(parts: Parts) -> partial[Any]:
+    """What evaluators ask of the model: made of a `model` on a `device`, in the precision that it was trained in."""
+    autocast = AUTOCAST.get(parts.config.precision.name)
+    if hasattr(parts.model, "dialogue"):
+        return partial(Answerer, dialogues=dialogues(parts), tokenizer=parts.tokenizer, autocast=autocast)
+    return partial(Embedder, tokenizer=parts.tokenizer, autocast=autocast)
+
+
 def embedder(parts: Parts, device: torch.device) -> Embedder:
-    """The model on `device`, as evaluators see it, in the precision that it was trained in."""
+    """The model on `device`, as evaluators see it. Raises ConfigError where it cannot embed."""
     autocast = AUTOCAST.get(parts.config.precision.name)
     return Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
 
@@ -186,12 +205,14 @@ def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     config = parts.config
     data = plain(config.data)
     loader_of = partial(eval_loader, parts, placement=placement)
+    evaluators = {name: make(node) for name, node in config.evaluation.evaluators.items()}
+    check_asked(evaluators, interface(parts).func, type(parts.model).__name__)
     return EvaluationSuite(
-        evaluators={name: make(node) for name, node in config.evaluation.evaluators.items()},
+        evaluators=evaluators,
         loader=loader_of(source=building.eval_source(data)),
         train=building.TrainSplit(data, loader_of),
         tokenizer=parts.tokenizer,
-        autocast=AUTOCAST.get(config.precision.name),
+        interface=interface(parts),
     )
 
 
@@ -250,6 +271,7 @@ def skeleton(config: DictConfig) -> Parts:
     tokenizer: Any = origins.tokenizer(config) or make(config.model.tokenizer)
     if _waits(tokenizer):
         asked = {"vocab_size": 8192, "context_length": 32, **tokenizer.keywords}
+        asked.pop("special_tokens", None)  # the vocabulary has room for them
         tokenizer = SimpleNamespace(spec=TextSpec(pad_id=0, bos_id=1, eos_id=2, **asked))
     return network(config, tokenizer, with_values=False)
 

@@ -39,7 +39,10 @@ class TrainerConfig:
 
     max_steps: int = MISSING
     global_batch: int = MISSING
-    micro_batch: int | None = None  # images one rank runs forward at once; null: its whole share
+    micro_batch: int | None = None  # samples one rank runs forward at once; null: its whole share
+    pack_tokens: int | None = (
+        None  # dialogues of a micro-batch share rows of so many tokens; null: a padded row for each
+    )
     devices: int = 1
     num_nodes: int = 1
     accelerator: str = "auto"  # auto | cpu | gpu
@@ -77,6 +80,10 @@ class DataConfig:
     groups: Any = None  # {walk: DIR, size: N}: batches are made of groups of N samples that are alike
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    template: str = (
+        "plain"  # how a dialogue is written: plain (the caption alone), vicuna, llama3, chatml, mistral, own
+    )
+    system: str | None = None  # what a dialogue begins with; null: what the template says
     hard_captions: int = 0  # of KEY.json's `negatives`, how many each sample brings as further wrong answers
     num_workers: int = 1
     shuffle_window: int = 64  # shards mixed together; 0 keeps the order of the files
@@ -190,6 +197,7 @@ MACHINE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.micro_batch",
+    "trainer.pack_tokens",
     "trainer.accelerator",
     "trainer.deterministic",
     "trainer.num_threads",

@@ -18,7 +18,7 @@ from vlm_train.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 # Arguments that build.py passes at run time; they never stand in YAML.
-RUNTIME_ARGUMENTS = {"spec", "texts"}
+RUNTIME_ARGUMENTS = {"spec", "texts", "in_dim", "out_dim", "num_patches"}
 _MANY = 2**31 - 1  # each int of a part is a count
 SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 

@@ -72,7 +72,11 @@ class RawSample:
 class BatchRows(TypedDict, total=False):
     """The fields of a batch that have a row for each sample: what a micro-batch has a slice of."""
 
-    images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device
+    images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device. Of dialogues [B, I, 3, S, S]
+    num_images: Tensor  # [B] int64: how many of a dialogue's I images there are
+    dialogue_ids: Tensor  # [B, T] int64: a dialogue, with a run of IMAGE_ID for each image; padding behind it
+    dialogue_labels: Tensor  # [B, T] int64: the token to be told behind each, NO_LABEL where none is
+    dialogue_lengths: Tensor  # [B] int64: tokens of each dialogue
     text_ids: Tensor  # [B, T] int64
     text_mask: Tensor  # [B, T] bool, True on real tokens
     weights: Tensor  # [B] float32; 0 marks a padding row that must not count
@@ -120,6 +124,23 @@ class ModalitySpec:
 
     name: str
     shape: tuple[int, ...]
+
+
+IMAGE_ID = -1
+"""In the ids of a dialogue: here the language model reads a token of an image."""
+
+NO_LABEL = -100
+"""In the labels of a dialogue: nothing is to be told here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueSpec:
+    """What a generative model wants of a dialogue: at most `context_length` tokens, `num_image_tokens` of them for each
+    of at most `max_images` images."""
+
+    context_length: int
+    num_image_tokens: int
+    max_images: int = 1
 
 
 Outputs = dict[str, "Tensor"]

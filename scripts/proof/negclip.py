@@ -1,6 +1,6 @@
 """Captions that are almost right teach what a contrastive loss leaves out: attributes, relations, word order.
 
-    python scripts/proof/negclip.py               20,000 scenes, 6,000 steps each, about ten minutes on two cores
+    python scripts/proof/negclip.py               20,000 scenes, 14,000 steps each, about twenty minutes on two cores
     python scripts/proof/negclip.py --full        three seeds
 
 Both models read object tokens (model=regions_tiny), so that seeing is no obstacle, and train on the same batches; the
@@ -33,7 +33,7 @@ SCENES = (
 )  # fmt: skip
 TRAINING = (
     "model=regions_tiny", "model.vision.width=64", "model.text.width=64", "model.embed_dim=64", "data=scenes",
-    "data.epoch_end=wrap", "trainer.max_steps=6000", "trainer.global_batch=16",
+    "data.epoch_end=wrap", "trainer.max_steps=14000", "trainer.global_batch=8",
     "optim.lr=1e-3", "optim.weight_decay=0.1", "schedule.warmup_steps=50", "trainer.num_threads=1",
     "evaluation=composition", f"checkpoint.every_steps={10**6}",
 )  # fmt: skip

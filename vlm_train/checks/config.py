@@ -15,6 +15,7 @@ from vlm_train.checks.values import LARGEST, MANY, is_name, is_number, is_place,
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+TEMPLATES = ("plain", "vicuna", "llama3", "chatml", "mistral", "own")
 EPOCH_ENDS = ("drop", "wrap", "pad_zero_weight")
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -22,6 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.max_steps": (1, MANY),
     "trainer.global_batch": (1, MANY),
     "trainer.micro_batch": (1, MANY),
+    "trainer.pack_tokens": (1, MANY),
     **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
     "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),
@@ -41,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "data.epoch_end": EPOCH_ENDS,
+    "data.template": TEMPLATES,
     "strategy.name": STRATEGIES,
     "precision.name": PRECISIONS,
     "attention.name": ("sdpa", "flash", "xformers", "eager"),

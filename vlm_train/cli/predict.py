@@ -1,10 +1,11 @@
-"""`vlm-train predict`: search pictures by text with a trained model."""
+"""`vlm-train predict`: search pictures by text with a trained model, or ask it about one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_train.cli import answer
 from vlm_train.cli.arguments import Arguments, parse
 from vlm_train.cli.options import count, out_file, plain
 from vlm_train.cli.tables import table
@@ -17,22 +18,29 @@ if TYPE_CHECKING:
     from vlm_train.evaluation.search import Index
 
 USAGE = """usage: vlm-train predict run=RUN text="..." [text="..."] images=FOLDER|SHARDS [out=grid.png]
+       vlm-train predict run=RUN image=FILE prompt="..." [prompt="..."]
 
   vlm-train predict run=runs/quickstart/latest text="a red car" text="a blue car" images=photos out=grid.png
   vlm-train predict run=runs/quickstart/latest text="a happy face" images=data/openmoji/val
+  vlm-train predict run=runs/llava_tiny/latest image=photo.png prompt="how many objects are there?"
 
-Ranks every picture for each text by cosine, prints the best, and draws them.
+Ranks every picture for each text by cosine, prints the best, and draws them; or answers questions about one picture,
+with a generative model.
 
   run=RUN            {run}
   text=TEXT          what to look for; repeat it for several texts
   images=WHERE       a folder with images at any depth, one image, or shards (folder, glob, 'path/{{00000..00012}}.tar')
   out=FILE           where the picture is written (PNG); none is drawn if left out
   top=N              how many answers to each text; 8 if left out
+  image=FILE         the picture that is asked about
+  prompt=TEXT        what is asked about it; repeat it for several questions
+  max_tokens=N       an answer is cut off after so many tokens; {max_new_tokens} if left out
   checkpoint=PATH    {checkpoint}
   device=NAME        {device}"""
 
 KEYS = {
     "run": "RUN", "text": "TEXT", "images": "WHERE", "out": "FILE", "top": "N", "checkpoint": "PATH", "device": "NAME",
+    "image": "FILE", "prompt": "TEXT", "max_tokens": "N",
 }  # fmt: skip
 _NUM_UNUSABLE_SHOWN = 5
 
@@ -40,10 +48,13 @@ _NUM_UNUSABLE_SHOWN = 5
 def main(words: list[str]) -> int:
     """Runs the verb."""
     if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE.format(run=RUN, checkpoint=CHECKPOINT, device=DEVICE))
+        print(USAGE.format(run=RUN, checkpoint=CHECKPOINT, device=DEVICE, max_new_tokens=answer.MAX_NEW_TOKENS))
         return 0
-    arguments = parse(words, KEYS, verb="predict", repeatable=("text",))
+    arguments = parse(words, KEYS, verb="predict", repeatable=("text", "prompt"))
+    _check_one_question(arguments)
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
+    if "prompt" in arguments.values:
+        return answer.main(run, arguments)
     texts = [plain("text=", text) for text in arguments.all("text", example='text="a red car"')]
     where = arguments.required("images", example="images=FOLDER, or images=SHARDS")
     top, out = arguments.optional("top", count(), 8), arguments.optional("out", _png)
@@ -67,6 +78,19 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _check_one_question(arguments: Arguments) -> None:
+    """Refuses keys of a search beside those of a question."""
+    asks = {"image", "prompt", "max_tokens"} & set(arguments.values)
+    searches = {"text", "images", "out", "top"} & set(arguments.values)
+    if asks and searches:
+        raise ConfigError("predict either searches pictures or answers about one",
+                          got=", ".join(sorted(asks | searches)),
+                          allowed="text, images, out, top; or image, prompt, max_tokens",
+                          remedy='image=FILE prompt="..."')  # fmt: skip
+    if asks:
+        arguments.all("prompt", example='prompt="how many objects are there?"')
+
+
 def _png(name: str, text: str) -> Path:
     path = out_file(name, text)
     if path.suffix.lower() != ".png":
@@ -77,23 +101,17 @@ def _png(name: str, text: str) -> Path:
 
 def _embed(run: Any, arguments: Arguments, gallery: Gallery, texts: list[str]) -> tuple[Index, Any]:
     """(the embedded gallery, unit features of the texts)."""
-    import numpy as np
-
     from vlm_train import build
     from vlm_train.cli.progress import Ticker
-    from vlm_train.data.transforms import EvalTransform, render
+    from vlm_train.data.gallery import as_seen
     from vlm_train.evaluation.search import index_pictures
 
     device = choose_device(arguments.optional("device"))
     parts = build.load(run.path, checkpoint=choose_checkpoint(run, arguments.optional("checkpoint")))
     embedder = build.embedder(parts, device)
-    transform, unused = EvalTransform(spec=embedder.model.image_spec), np.random.default_rng(0)
 
-    def load(number: int) -> np.ndarray:
-        image = gallery.open(number)
-        plan = transform.plan(image.width, image.height, unused)
-        min_width, min_height = plan.min_decoded
-        return render(image.decode(min_width=min_width, min_height=min_height), plan)
+    def load(number: int) -> Any:
+        return as_seen(gallery.open(number), embedder.model.image_spec)
 
     features = embedder.texts(texts)
     return index_pictures(embedder, load, len(gallery), Ticker("pictures")), features

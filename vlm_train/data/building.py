@@ -102,17 +102,17 @@ def check_train(data: Data, spec: StreamSpec) -> None:
         mixture_of(_ingredients(data, spec), spec)
 
 
-def train_captions(data: Data, max_samples: int = MAX_SAMPLES) -> CaptionStream:
-    """What a tokenizer is trained on: the captions of all sources, whatever a selection says; of a larger source those
-    of `max_samples`, evenly spaced."""
+def train_captions(data: Data, max_samples: int = MAX_SAMPLES, *, with_dialogues: bool = False) -> CaptionStream:
+    """What a tokenizer is trained on: the captions of all sources, and if asked for what is said in dialogues, whatever
+    a selection says; of a larger source those of `max_samples` samples, evenly spaced."""
     if data["streaming"]:
         options = _options(data)
         tapes = ShuffledTapes(tars(data["train"]["shards"], options), seed=0, buffer=0, options=options)
-        return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), max_samples))
+        return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), max_samples), with_dialogues)
     named = _named(data["train"]["shards"])
     sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
     samples = partial(every_sample, max_samples=max_samples)
-    return CaptionStream(lambda: itertools.chain.from_iterable(map(samples, sources)))
+    return CaptionStream(lambda: itertools.chain.from_iterable(map(samples, sources)), with_dialogues)
 
 
 def _named(shards: Any, alone: Mapping[str, Any] | None = None) -> list[tuple[str, dict[str, Any]]]:

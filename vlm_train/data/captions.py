@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from vlm_train.data.chat import IMAGE, turns_of
 from vlm_train.data.decode import SampleError, decode_captions, decode_metadata
 from vlm_train.errors import DataError
 from vlm_train.types import RawSample, Source
@@ -28,10 +29,11 @@ class CaptionStream:
 
     Args:
         samples: gives the samples from the first on, each time it is called.
+        with_dialogues: what is said in `conversations`, and by whom, comes behind the captions of a sample.
     """
 
-    def __init__(self, samples: Callable[[], Iterable[RawSample | DataError]]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Callable[[], Iterable[RawSample | DataError]], with_dialogues: bool = False) -> None:
+        self.samples, self.with_dialogues = samples, with_dialogues
         self.num_captions = 0
         self.skipped: Counter[str] = Counter()
 
@@ -47,7 +49,10 @@ class CaptionStream:
         try:
             if isinstance(sample, DataError):
                 raise sample
-            return decode_captions(sample.parts, decode_metadata(sample.parts))
+            metadata = decode_metadata(sample.parts)
+            captions = decode_captions(sample.parts, metadata)
+            said = turns_of(metadata, captions[0]) if self.with_dialogues and "conversations" in metadata else []
+            return [*captions, *(f"{turn.role} {turn.content.replace(IMAGE, ' ')}" for turn in said)]
         except SampleError as error:
             self.skipped[error.reason] += 1
             return []

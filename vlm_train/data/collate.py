@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.decode import SampleError
+from vlm_train.data.dialogue import DialogueEncoder, Encoded, check_images, dialogue_fields, turns_of
 from vlm_train.data.modalities import reading
 from vlm_train.data.transforms import Plan, Transform, keyed_draw, keyed_generator, render
 from vlm_train.imaging import recolour
@@ -40,6 +41,7 @@ class SampleEncoder:
             batches get the `hard_` fields.
         contents: batches get `contents`, by which equal images and equal captions are known.
         modalities: what a sample brings beside image and text; batches get a field for each, and `there`.
+        dialogues: for a model that answers: batches get the `dialogue_` fields and `num_images`.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class SampleEncoder:
         hard_captions: int = 0,
         contents: bool = False,
         modalities: Sequence[ModalitySpec] = (),
+        dialogues: DialogueEncoder | None = None,
     ) -> None:
         self.transform, self.tokenizer, self.colours_later = transform, tokenizer, colours_later
+        self.dialogues = dialogues
         self.hard_captions, self.contents, self.modalities = hard_captions, contents, tuple(modalities)
 
     def draft(self, num_rows: int) -> Draft:
@@ -86,6 +90,7 @@ class Draft:
         self._chosen = [""] * num_rows
         self._metadata: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self._hard: list[list[str]] = [[] for _ in range(num_rows)]
+        self._dialogues: list[Encoded | None] = [None] * num_rows
         self._contents = torch.zeros(num_rows, 2, dtype=torch.int64)
         self._draws = torch.zeros(num_rows, dtype=torch.int64)
         self._modalities = {spec.name: reading.room(spec, num_rows) for spec in encoder.modalities}
@@ -107,11 +112,12 @@ class Draft:
         if visit is not None and len(captions) > 1:
             chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
         hard = self._hard_captions(raw, metadata, seed, visit or 0)
+        dialogue = self._dialogue(raw, metadata, captions[chosen])
         plan = self._render(row, raw, seed, visit or 0)
         self._put_modalities(row, raw, metadata, plan)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
-        self._hard[row] = hard
+        self._hard[row], self._dialogues[row] = hard, dialogue
         self._draws[row] = keyed_draw(seed, visit or 0, raw.uid)
         if self._encoder.contents:
             pair = decode.first_image(raw.parts), captions[chosen].encode()
@@ -129,6 +135,14 @@ class Draft:
         uniforms = keyed_generator(seed, visit, raw.uid, "hard")
         places = np.argsort([uniforms.random() for _ in texts], kind="stable")
         return [texts[place] for place in places[:num]]
+
+    def _dialogue(self, raw: RawSample, metadata: dict[str, Any], caption: str) -> Encoded | None:
+        encoder = self._encoder.dialogues
+        if encoder is None:
+            return None
+        encoded = encoder.encode(turns_of({} if encoder.template == "plain" else metadata, caption))
+        check_images(encoded, len(decode.image_parts(raw.parts)))
+        return encoded
 
     def _put_modalities(self, row: int, raw: RawSample, metadata: dict[str, Any], plan: Plan) -> None:
         values = {spec.name: reading.read(spec, raw.parts, metadata, plan) for spec in self._encoder.modalities}
@@ -170,6 +184,8 @@ class Draft:
             keys=self._keys,
         )
         batch.update(hard)
+        if self._encoder.dialogues is not None:
+            batch.update(dialogue_fields(self._dialogues))
         if self._modalities:
             batch.update(Batch(**self._modalities, there=self._there))  # type: ignore[typeddict-item]
         if self._encoder.contents:

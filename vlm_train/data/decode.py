@@ -49,8 +49,9 @@ class SampleError(DataError):
     def reason(self) -> str:
         """One of no_image, no_caption, image_unknown, image_truncated, image_corrupt, image_too_large, caption_utf8,
         metadata_json, metadata_captions, metadata_regions, depth_corrupt, depth_too_large, audio_corrupt,
-        audio_too_large, motion_corrupt, motion_too_large, sample_too_large, shard_changed, bad_pointer; in a
-        conversion also several_images, part_not_text, part_not_writable."""
+        audio_too_large, motion_corrupt, motion_too_large, sample_too_large, shard_changed, bad_pointer; of a dialogue
+        dialogue_roles, dialogue_text, dialogue_too_long, dialogue_no_label, dialogue_image_cut, dialogue_many_images,
+        dialogue_image_count; in a conversion also several_images, part_not_text, part_not_writable."""
         return self.what
 
     @property

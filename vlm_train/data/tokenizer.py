@@ -34,7 +34,6 @@ from vlm_train.types import Cleaning, TextSpec, Tokenizer
 SPEC_FILE = "text_spec.json"
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 NUM_SPECIAL = 3
-SMALLEST_VOCAB = 256 + NUM_SPECIAL
 SMALLEST_CONTEXT = 3
 
 
@@ -68,17 +67,23 @@ class BytePairTokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], *, vocab_size: int = 8192, context_length: int = 32, pad_to_max: bool = False
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int = 8192,
+        context_length: int = 32,
+        pad_to_max: bool = False,
+        special_tokens: Sequence[str] = (),
     ) -> BytePairTokenizer:
-        """Learns the merges from `texts`; the same texts in any order give the same tokenizer.
-
-        A small corpus may hold fewer merges than asked for: `spec.vocab_size` is what was really reached.
+        """Learns the merges from `texts`; the same texts in any order give the same tokenizer. `special_tokens`:
+        those of a chat template, which no text spells. `spec.vocab_size` is what was reached.
 
         Raises:
             ConfigError: `vocab_size` below 259 (the bytes and three special tokens) or `context_length` below 3.
         """
-        if vocab_size < SMALLEST_VOCAB:
-            raise ConfigError("the vocabulary is too small", got=vocab_size, allowed=f"at least {SMALLEST_VOCAB}")
+        special = [*special_tokens, PAD, BOS, EOS]
+        if vocab_size < 256 + len(special):
+            raise ConfigError("the vocabulary is too small", got=vocab_size, allowed=f"at least {256 + len(special)}")
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence(
             [
@@ -90,12 +95,10 @@ class BytePairTokenizer:
         )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - NUM_SPECIAL, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
-        )
+        alphabet, num = sorted(pre_tokenizers.ByteLevel.alphabet()), vocab_size - len(special)
+        trainer = trainers.BpeTrainer(vocab_size=num, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.add_special_tokens([PAD, BOS, EOS])
+        tokenizer.add_special_tokens(special)
         ends = [(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ends)
         return cls(definition=tokenizer.to_str(), context_length=context_length, pad_to_max=pad_to_max)
@@ -108,6 +111,11 @@ class BytePairTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The normalised text up to the first end token."""
         return self._tokenizer.decode(_up_to_end(ids, self.spec.eos_id), skip_special_tokens=True).strip()
+
+    @property
+    def inner(self) -> tokenizers.Tokenizer:
+        """What does the work, for `data.pieces`."""
+        return self._tokenizer
 
     def save(self, directory: str) -> None:
         """Writes `tokenizer.json`, `tokenizer_config.json` and `text_spec.json`."""
@@ -214,6 +222,11 @@ class HuggingFaceTokenizer:
         """The text up to the first end token, without special tokens."""
         text = self._tokenizer.decode(_up_to_end(ids, self.spec.eos_id), skip_special_tokens=True)
         return str(text).strip()
+
+    @property
+    def inner(self) -> Any:
+        """What does the work, for `data.pieces`."""
+        return self._tokenizer
 
     def save(self, directory: str) -> None:
         """Writes the files of `save_pretrained` and `text_spec.json`."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlm_train import __version__
-from vlm_train.models.layers import kernels_of
+from vlm_train.models.attention import kernels_of
 
 
 def environment(model: nn.Module, device: torch.device, num_ranks: int) -> dict[str, Any]:

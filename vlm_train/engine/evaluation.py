@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlm_train.engine.sharding import whole
-from vlm_train.evaluation.base import Embedder, Learner, TrainSplit
+from vlm_train.evaluation.base import Learner, TrainSplit
 from vlm_train.types import Batch, Evaluator, Tokenizer
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,8 +23,8 @@ class EvaluationSuite:
         evaluators: name -> evaluator.
         loader: yields this rank's validation batches; iterated once per evaluator.
         train: the training split, for evaluators that learn from it first.
-        tokenizer: for evaluators that bring their own texts (prompts).
-        autocast: the dtype of the towers' matrix products; None computes in the parameters' own.
+        tokenizer: the run's, for what is drawn.
+        interface: makes of a `model` on a `device` what evaluators ask, such as an `Embedder`.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class EvaluationSuite:
         loader: Iterable[Batch],
         train: TrainSplit,
         tokenizer: Tokenizer,
-        autocast: torch.dtype | None = None,
+        interface: Callable[..., Any],
     ) -> None:
         self.evaluators, self.loader, self.train = dict(evaluators), loader, train
-        self.tokenizer, self.autocast = tokenizer, autocast
+        self.tokenizer, self.interface = tokenizer, interface
         self.errors: list[dict[str, Any]] = []  # samples of this rank that the last pass could not read
 
     @torch.no_grad()
@@ -45,16 +45,16 @@ class EvaluationSuite:
         """name -> result, the same on every rank. The model's training mode is left as it was found."""
         was_training = model.training
         model.eval()
-        embedder = Embedder(model=model, tokenizer=self.tokenizer, device=device, autocast=self.autocast)
+        asked = self.interface(model=model, device=device)
         with whole(model):
-            results = {name: dict(self._run(each, embedder)) for name, each in self.evaluators.items()}
+            results = {name: dict(self._run(each, asked)) for name, each in self.evaluators.items()}
         model.train(was_training)
         return results
 
-    def _run(self, evaluator: Evaluator, embedder: Embedder) -> Mapping[str, Any]:
+    def _run(self, evaluator: Evaluator, asked: Any) -> Mapping[str, Any]:
         if isinstance(evaluator, Learner):
-            evaluator.fit(embedder, self.train)
-        return evaluator.run(embedder, self._batches())
+            evaluator.fit(asked, self.train)
+        return evaluator.run(asked, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         self.errors = []

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_train.types import Batch
+
 # Dense bf16/fp16 tensor-core TFLOP/s of the vendor's data sheets; the first name contained in the device's name counts.
 GPU_PEAK_TFLOPS = {
     "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "A10": 125.0,
@@ -29,6 +31,13 @@ def training_flops_per_sample(model: Any, num_text_tokens: int) -> float:
         frozen = isinstance(module, nn.Module) and not any(p.requires_grad for p in module.parameters())
         total += forward * (1 if frozen else 3)
     return total
+
+
+def num_tokens(batch: Batch) -> int:
+    """Text tokens of a sample of the batch: of dialogues, which are not padded where they are packed, the mean."""
+    if "dialogue_lengths" in batch:
+        return round(float(batch["dialogue_lengths"].double().mean()))
+    return batch["text_ids"].shape[1]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -99,7 +99,7 @@ class Embedder:
                 allowed=f"shards whose samples have {field}",
                 remedy="take a model that reads pictures",
             )
-        with self._inference():
+        with inference(self.model, self.device, self.autocast):
             images: Tensor = batch[field]  # type: ignore[literal-required]
             return _unit(self.model.encode_image(images.to(self.device, non_blocking=True)))
 
@@ -117,7 +117,7 @@ class Embedder:
                 allowed="a model with that tower, such as model=bound_tiny",
                 remedy=f"leave out the evaluators of {name}, or change the model",
             )  # fmt: skip
-        with self._inference():
+        with inference(self.model, self.device, self.autocast):
             values: Tensor = batch[name]  # type: ignore[literal-required]
             return _unit(self.model.encode_other(name, values.to(self.device, non_blocking=True)))
 
@@ -126,7 +126,7 @@ class Embedder:
         mine = torch.tensor(-(-len(texts) // _TEXTS_PER_FORWARD), device=self.device)
         num_forwards = max(1, int(collectives.all_reduce_max(mine)))
         chunks = [texts[index * _TEXTS_PER_FORWARD :][:_TEXTS_PER_FORWARD] for index in range(num_forwards)]
-        with self._inference():
+        with inference(self.model, self.device, self.autocast):
             return torch.cat([self._encode_texts(chunk) for chunk in chunks])
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -136,16 +136,17 @@ class Embedder:
             ids, mask = ids[:, :longest], mask[:, :longest]
         return _unit(self.model.encode_text(ids.to(self.device), mask.to(self.device)))[: len(texts)]
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        model: nn.Module = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                yield
-        finally:
-            model.train(was_training)
+
+@contextmanager
+def inference(model: nn.Module, device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode, no graph, matrix products in `autocast`; the model's mode is restored at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ reads in its last block) is computed by `sdpa`, and `told` says so.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm_train.errors import ConfigError
@@ -107,3 +108,31 @@ def attempt(name: Backend, device: torch.device, dtype: torch.dtype, head_dim: i
             allowed="a device, precision and size of a head that torch or xformers has such a kernel for",
             remedy="precision=bf16 on a GPU; attention=sdpa anywhere",
         ) from error
+
+
+def choose_attention(model: nn.Module, name: Backend, device: torch.device) -> None:
+    """Every attention of ours in `model` is computed by the kernel `name` from now on, in the precision of the caller.
+
+    Raises:
+        ConfigError: the kernel cannot run on `device`.
+    """
+    is_cast = torch.is_autocast_enabled(device.type)
+    for attention in _attentions(model):
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else next(attention.parameters()).dtype
+        attempt(name, device, dtype, attention.head_dim)
+        attention.attend = KERNELS[name]
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """Part of the model -> what computes its attention; parts whose attention is not ours are left out."""
+    found = {}
+    for part, tower in model.named_children():
+        kernels = {attention.attend for attention in _attentions(tower)}
+        if kernels:
+            found[part] = ", ".join(sorted(told(kernel) for kernel in kernels))
+    return found
+
+
+def _attentions(model: nn.Module) -> Iterator[Any]:
+    """The modules that let `attend` compute their attention."""
+    return (module for module in model.modules() if hasattr(module, "attend"))

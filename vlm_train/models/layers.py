@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.attention import KERNELS, Attend, Backend, attempt, sdpa, told
+from vlm_train.models.attention import Attend, sdpa
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
                 got=f"width={width}, num_heads={num_heads}",
                 remedy=f"set num_heads to a divisor of {width}",
             )
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, width // num_heads
         self.attend: Attend = sdpa
         self.qkv = Linear(width, 3 * width, std=width**-0.5)
         self.out = Linear(width, width if out_dim is None else out_dim, std=(2 * depth * width) ** -0.5)
@@ -188,30 +188,6 @@ class Block(nn.Module):
         per_read = 4.0 * width * width + 4.0 * num_tokens * width
         mlp = linear_flops(self.mlp.fc1, num_read) + linear_flops(self.mlp.fc2, num_read)
         return keys_values + per_read * num_read + mlp
-
-
-def choose_attention(model: nn.Module, name: Backend, device: torch.device) -> None:
-    """Every attention of ours in `model` is computed by the kernel `name` from now on, in the precision of the caller.
-
-    Raises:
-        ConfigError: the kernel cannot run on `device`.
-    """
-    is_cast = torch.is_autocast_enabled(device.type)
-    for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        weight = attention.qkv.weight
-        dtype = torch.get_autocast_dtype(device.type) if is_cast else weight.dtype
-        attempt(name, device, dtype, weight.shape[1] // attention.num_heads)
-        attention.attend = KERNELS[name]
-
-
-def kernels_of(model: nn.Module) -> dict[str, str]:
-    """Part of the model -> what computes its attention; parts whose attention is not ours are left out."""
-    found = {}
-    for part, tower in model.named_children():
-        kernels = {module.attend for module in tower.modules() if isinstance(module, Attention)}
-        if kernels:
-            found[part] = ", ".join(sorted(map(told, kernels)))
-    return found
 
 
 def make_blocks(

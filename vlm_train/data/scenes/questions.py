@@ -14,8 +14,6 @@ from vlm_train.data.scenes.claims import OPPOSITE, RELATIONS, Thing, View, plura
 from vlm_train.data.scenes.language import absent, pick_relation
 from vlm_train.data.scenes.world import WHOLE, World
 
-NUM_TURNS = 3
-
 
 def questions_of(rng: random.Random, view: View, world: World = WHOLE) -> list[dict[str, str]]:
     """Dicts {question, answer, type}; types: color, shape, size, count, existence, spatial."""
@@ -25,9 +23,9 @@ def questions_of(rng: random.Random, view: View, world: World = WHOLE) -> list[d
 
 
 def conversation_of(rng: random.Random, questions: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Up to three of the questions as turns of user and assistant; the first turn carries the image."""
+    """The questions in any order as turns of user and assistant; the first turn carries the image."""
     turns: list[dict[str, str]] = []
-    for row in rng.sample(questions, min(NUM_TURNS, len(questions))):
+    for row in rng.sample(questions, len(questions)):
         image = "" if turns else "<image>\n"
         turns.append({"role": "user", "content": f"{image}{row['question']}"})
         turns.append({"role": "assistant", "content": row["answer"]})

@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 
-from vlm_train.engine.flops import peak_flops, training_flops_per_sample
+from vlm_train.engine.flops import num_tokens, peak_flops, training_flops_per_sample
 from vlm_train.engine.rundir import RunDirectory, append_line
 from vlm_train.log import get_logger
 from vlm_train.types import Batch
@@ -62,7 +62,7 @@ class Recorder(lightning.Callback):
         now = time.perf_counter()
         seconds = now - self._step_ended
         rate = self.global_batch / seconds
-        flops = self._flops_per_sample(pl_module.model, batch["text_ids"].shape[1])
+        flops = self._flops_per_sample(pl_module.model, num_tokens(batch))
         row = {
             "step": step,
             "samples": step * self.global_batch,

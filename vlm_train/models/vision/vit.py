@@ -30,6 +30,7 @@ from vlm_train.models.layers import (
     run_blocks,
 )
 from vlm_train.models.vision.image import as_image_spec
+from vlm_train.models.vision.stem import ConvStem
 from vlm_train.types import ImageSpec
 
 
@@ -48,6 +49,10 @@ class PatchEmbedding(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """The cast is for sharded low precision, which casts parameters but not the pixels made inside the model."""
         return super().forward(input.to(self.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def forward_flops(self, size: int) -> float:
+        """FLOPs of one square image of `size` pixels a side."""
+        return 2.0 * self.weight.numel() * (size // self.kernel_size[0]) * (size // self.kernel_size[1])
 
 
 class VisionTransformer(nn.Module):
@@ -89,7 +94,9 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.out_dim, self.pool = patch_size, width, pool
         self.num_patches = self._count_patches()
         mlp_dim = 4 * width if mlp_dim is None else mlp_dim
-        self.patch_embed = PatchEmbedding(patch_size=patch_size, width=width, bias=not pre_norm)
+        self.patch_embed: PatchEmbedding | ConvStem = PatchEmbedding(
+            patch_size=patch_size, width=width, bias=not pre_norm
+        )
         self.class_token = nn.Parameter(torch.empty(width)) if pool == "cls" else None
         self.position = nn.Parameter(torch.empty(self.num_patches + (pool == "cls"), width))
         self.pre_norm = nn.LayerNorm(width, eps=norm_eps) if pre_norm else None
@@ -170,5 +177,29 @@ class VisionTransformer(nn.Module):
         return (self.num_patches if num_kept is None else num_kept) + (self.pool == "cls")
 
     def _flops(self, num_kept: int | None, *, reads_one: bool) -> float:
-        patches = 2.0 * self.patch_embed.weight.numel() * self.num_patches
-        return patches + blocks_flops(self.blocks, self.num_tokens(num_kept), reads_one=reads_one)
+        return self.patch_embed.forward_flops(self.image_spec.size) + blocks_flops(
+            self.blocks, self.num_tokens(num_kept), reads_one=reads_one
+        )
+
+
+class ConvVisionTransformer(VisionTransformer):
+    """A vision transformer whose patches come through a few small convolutions; arguments as there, pooled by the mean.
+
+    Args:
+        image: see `VisionTransformer`.
+        patch_size: a power of two.
+        width: D, see `ConvStem`.
+        num_layers: number of blocks.
+        num_heads: attention heads per block, a divisor of `width`.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+
+    def __init__(
+        self, *, image: ImageSpec | Mapping[str, Any], patch_size: int, width: int, num_layers: int, num_heads: int
+    ) -> None:
+        super().__init__(
+            image=image, patch_size=patch_size, width=width, num_layers=num_layers, num_heads=num_heads, pool="mean"
+        )
+        self.patch_embed = ConvStem(patch_size=patch_size, width=width)

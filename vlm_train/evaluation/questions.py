@@ -1,0 +1,201 @@
+"""The questions of a split, asked of a model.
+
+Questions are the `qa` of KEY.json, [{question, answer or answers, type}]; several answers are those of several people
+to one question. Each is asked of its own picture and, as a control, of the next picture in the split, with all that the
+next sample has besides. The last picture of a batch or of a rank has a next one too, so where these end changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from vlm_train.distributed import collectives
+from vlm_train.errors import ConfigError, DataError, nearest
+from vlm_train.evaluation.answers import normalise
+from vlm_train.evaluation.base import check_counts, counted
+from vlm_train.types import Batch
+
+UNTYPED = "untyped"
+"""The type of a question whose dataset names none."""
+
+_FORM = '`qa`: [{"question": TEXT, "answer": TEXT or "answers": [TEXT], "type": TEXT}]'
+
+
+class Answer(Protocol):
+    """Questions about pictures to texts. Collective."""
+
+    def answers(self, batch: Batch, questions: Sequence[Sequence[str]]) -> list[list[str]]:
+        """An answer to each question; `questions` holds a list for each row of the batch, about the picture of that
+        row. Lists may be empty, and differ in length between rows and between ranks."""
+
+
+class Question(NamedTuple):
+    """`answer`: the one answer, or the one given most often; `answers`: all that count as right; `kind`: its type."""
+
+    text: str
+    answer: str
+    answers: Sequence[str]
+    kind: str
+
+
+Told = list[tuple[Question, list[str]]]
+"""Questions with what was answered: one text, or several that are equally likely, of which none is no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which questions of a sample are asked.
+
+    Args:
+        types: of these types only; None asks all.
+        max_per_image: so many of a sample, beginning at one that hangs on its key, so that all types have their turn.
+        wanted: and only these.
+
+    Raises:
+        ConfigError: no type, or a number below 1.
+    """
+
+    types: Sequence[str] | None = None
+    max_per_image: int | None = None
+    wanted: Callable[[Question], bool] = lambda question: True
+
+    def __post_init__(self) -> None:
+        if self.max_per_image is not None:
+            check_counts("max_per_image", [self.max_per_image])
+        if self.types is not None and (isinstance(self.types, str) or not list(self.types)):
+            raise ConfigError("types of an evaluator cannot be this", got=self.types or "no type",
+                              allowed="a list of types, or null for all", remedy="types: [color, count]")  # fmt: skip
+
+    def among(self, questions: Sequence[Question], key: str) -> list[Question]:
+        """The questions of a sample that are asked. `key`: the sample's."""
+        found = [row for row in questions if self.wanted(row) and (self.types is None or row.kind in self.types)]
+        if self.max_per_image is None or len(found) <= self.max_per_image:
+            return found
+        first = zlib.crc32(key.encode()) % len(found)
+        return (found[first:] + found[:first])[: self.max_per_image]
+
+
+@dataclass(slots=True)
+class Asked:
+    """What this rank asked: questions with the answers to their `own` picture; as many, not always the same ones, with
+    those to the next picture, `shuffled`. `images`: pictures that were asked about, in all ("") and by type."""
+
+    own: Told = field(default_factory=list)
+    shuffled: Told = field(default_factory=list)
+    images: Counter[str] = field(default_factory=Counter)
+    types: Counter[str] = field(default_factory=Counter)  # of all questions that could be asked
+    first: tuple[Batch, int] | None = None  # the first picture: the one before it lies on another rank
+    last: list[Question] = field(default_factory=list)
+    problem: str = ""
+
+
+def questions_of(metadata: dict[str, Any]) -> list[Question]:
+    """The questions of a sample. Raises KeyError, TypeError, AttributeError or ValueError for what is none."""
+    found = []
+    for row in metadata.get("qa") or []:
+        answers = row["answers"] if row.get("answers") is not None else [row["answer"]]
+        if not isinstance(answers, list) or not answers:
+            raise ValueError(f"{answers!r} is no list of answers")
+        text, kind = row["question"], row.get("type") or UNTYPED
+        for each in (text, kind, row.get("answer", ""), *answers):
+            if not isinstance(each, str):
+                raise ValueError(f"{each!r} is no text")
+        often = Counter(map(normalise, answers)).most_common(1)[0][0]  # of equals the first
+        found.append(Question(text, row.get("answer", often), answers, kind))
+    return found
+
+
+def ask(answerer: Answer, batches: Iterator[Batch], choice: Choice, *, what: str) -> Asked:
+    """Asks each picture its own questions and those of the picture before it, in one call for a batch. Collective.
+
+    Args:
+        answerer: the model.
+        batches: this rank's, as many as every rank has.
+        choice: which questions.
+        what: what the evaluator needs, for its error.
+
+    Raises:
+        DataError: no question at all, none of a type that is to be asked, or a sample whose questions are none.
+    """
+    asked = Asked()
+    batch: Batch | None = None
+    for batch in batches:
+        own: list[list[Question]] = [[] for _ in counted(batch)]
+        before: list[list[Question]] = [[] for _ in own]
+        for row in counted(batch).nonzero().flatten().tolist():
+            own[row] = _chosen_or_none(asked, batch, row, choice)
+            if own[row]:
+                before[row], asked.last = asked.last, own[row]
+                asked.first = asked.first or (batch, row)
+                asked.images.update({"", *(question.kind for question in own[row])})
+        texts = [[question.text for question in [*mine, *others]] for mine, others in zip(own, before, strict=True)]
+        for mine, others, told in zip(own, before, answerer.answers(batch, texts), strict=True):
+            asked.own += _told(mine, told[: len(mine)])
+            asked.shuffled += _told(others, told[len(mine) :])
+    _check(asked, batch, choice, what)
+    assert batch is not None
+    _close_ring(answerer, asked, batch)
+    return asked
+
+
+def sum_by_name(mine: Mapping[str, int]) -> dict[str, int]:
+    """Integers by name, added up over ranks, in the order of the names. Collective."""
+    total: Counter[str] = Counter()
+    for part in collectives.gather_objects(mine):
+        total.update(part)
+    return dict(sorted(total.items()))
+
+
+def _chosen_or_none(asked: Asked, batch: Batch, row: int, choice: Choice) -> list[Question]:
+    """The first problem is kept, to be raised where every rank is told."""
+    try:
+        found = questions_of(batch["metadata"][row])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        asked.problem = asked.problem or f"{batch['keys'][row]}: {type(error).__name__}: {error}"
+        return []
+    asked.types.update(question.kind for question in found if choice.wanted(question))
+    return choice.among(found, batch["keys"][row])
+
+
+def _told(questions: Iterable[Question], answers: Iterable[str]) -> Told:
+    return [(question, [answer]) for question, answer in zip(questions, answers, strict=True)]
+
+
+def _check(asked: Asked, batch: Batch | None, choice: Choice, what: str) -> None:
+    """What cannot be measured is an error on every rank."""
+    problems = [problem for problem in collectives.gather_objects(asked.problem) if problem]
+    if problems or batch is None:
+        raise DataError(
+            "The questions of a sample cannot be read" if problems else "There is nothing to evaluate",
+            got=problems[0] if problems else "no batches",
+            allowed=_FORM,
+            remedy="mend KEY.json" if problems else "check data.val.shards",
+        )
+    types = sum_by_name(asked.types)
+    missing = [kind for kind in choice.types or [] if kind not in types]
+    if missing or not types:
+        close = nearest(missing[0], types) if missing else []
+        raise DataError(
+            f"This evaluator needs {what}, `qa` in KEY.json",
+            got=f"none of type {missing[0]}" if types else "no picture with one",
+            allowed=f"types: {', '.join(types)}" if types else _FORM,
+            remedy=f"is it {close[0]}?" if close else "evaluate on scenes (vlm-train data make scenes)",
+        )
+
+
+def _close_ring(answerer: Answer, asked: Asked, batch: Batch) -> None:
+    """The first picture of each rank is asked what belongs to the last one of the rank before. `batch`: any, for a rank
+    without questions, which takes part all the same."""
+    lasts = collectives.gather_objects(asked.last)
+    ranks = [rank for rank, questions in enumerate(lasts) if questions]
+    batch, row = asked.first or (batch, 0)
+    before = lasts[ranks[ranks.index(collectives.rank()) - 1]] if asked.first else []
+    questions = [Question(*each) for each in before]
+    texts: list[list[str]] = [[] for _ in counted(batch)]
+    texts[row] = [question.text for question in questions]
+    asked.shuffled += _told(questions, answerer.answers(batch, texts)[row])

@@ -1,0 +1,233 @@
+"""An image tower, a connector and a language model: dialogues about images, as in LLaVA (Liu et al. 2023, arXiv
+2304.08485).
+
+1. The tower makes tokens of each image that is there, the connector brings them to the width of the language model.
+2. They are laid where a dialogue has IMAGE_ID, image after image in the order of the batch.
+3. The language model reads each dialogue alone, whether rows are padded or packed. Its logits are never formed here:
+   they are `token_hidden @ token_vocabulary.T`.
+
+Every forward pass runs tower and connector once, if need be on one blank image that counts for nothing: where gradients
+are exchanged, a rank without an image must not leave the others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.base import Connector
+from vlm_train.models.language import CausalLanguageModel
+from vlm_train.models.packing import Packed, pack_rows
+from vlm_train.models.vision.image import Normalize
+from vlm_train.types import IMAGE_ID, Batch, DialogueSpec, ImageSpec, ModalitySpec, Outputs
+
+
+class TokenTower(Protocol):
+    """What an image tower must offer: normalised pixels [N, 3, S, S] -> tokens [N, P, out_dim]."""
+
+    image_spec: ImageSpec
+    out_dim: int
+    num_patches: int
+
+    def tokens(self, pixels_N3SS: Tensor) -> Tensor:
+        """One token per patch; where its `pool` is `cls`, the class token in front of them."""
+
+    def tokens_flops(self) -> float:
+        """Forward FLOPs of one image."""
+
+
+class GenerativeModel(nn.Module):
+    """Images and the tokens before -> hidden states that are to tell each next token of a dialogue.
+
+    Args:
+        vision: image tower that shows its tokens, such as `VisionTransformer`.
+        connector: called with `in_dim`, `out_dim` and `num_patches` it makes the connector.
+        text: the language model.
+        context_length: most tokens of a dialogue, those of its images included.
+        max_images: most images of a dialogue.
+        drop_class_token: whether the connector gets the tokens of patches alone.
+
+    Attributes: `pack_tokens`, which the engine may set: None for one dialogue a row, or how many tokens a row may have
+    that holds several. The numbers are the same.
+
+    Raises:
+        ConfigError: a tower without tokens, or a context that the language model or the images do not leave.
+    """
+
+    outputs = frozenset({"token_hidden", "token_vocabulary"})
+    forward_methods: tuple[str, ...] = ("generate",)
+    modalities: tuple[ModalitySpec, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        vision: TokenTower,
+        connector: Callable[..., Connector],
+        text: CausalLanguageModel,
+        context_length: int,
+        max_images: int = 1,
+        drop_class_token: bool = True,
+    ) -> None:
+        super().__init__()
+        pool = getattr(vision, "pool", None)
+        if not (hasattr(vision, "tokens") and hasattr(vision, "num_patches")) or pool == "map":
+            raise ConfigError(
+                "the image tower of a generative model must show its tokens, and have no pooling that none would read",
+                got=f"{type(vision).__name__} with pool={pool}",
+                allowed="VisionTransformer with pool=cls or mean, or another tower with `tokens` and `num_patches`",
+                remedy="take another tower in model.vision, or set model.vision.pool=mean",
+            )
+        has_class_token = pool == "cls"
+        self.first_patch = int(has_class_token and drop_class_token)
+        num_patches = vision.num_patches + int(has_class_token) - self.first_patch
+        self.vision, self.text = vision, text
+        self.connector = connector(in_dim=vision.out_dim, out_dim=text.width, num_patches=num_patches)
+        self.image_spec, self.text_spec = vision.image_spec, text.text_spec
+        self.normalize = Normalize(self.image_spec)
+        self.dialogue = DialogueSpec(
+            context_length=context_length, num_image_tokens=self.tokens_per_image, max_images=max_images
+        )
+        self.pack_tokens: int | None = None
+        self._check_context()
+
+    def _check_context(self) -> None:
+        spec = self.dialogue
+        of_images = spec.max_images * spec.num_image_tokens
+        if not of_images < spec.context_length <= self.text.context:
+            raise ConfigError(
+                "the context of a generative model does not hold its dialogues",
+                got=f"context_length={spec.context_length}",
+                allowed=f"more than {of_images}, the tokens of {spec.max_images} images of {spec.num_image_tokens} "
+                f"each, and at most {self.text.context}, the places of the language model",
+                remedy="set model.context_length, model.max_images, or another connector",
+            )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many tokens of a dialogue an image takes."""
+        return self.connector.num_tokens
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Reads `images`, `num_images`, `dialogue_ids` and `dialogue_lengths`. Returns `token_hidden` [B, T, D], zeros
+        on padding, and `token_vocabulary` [V, D]. A batch of texts alone may be without images.
+
+        Raises:
+            ConfigError: images that do not have the shape of the tower's, or as many tokens as the dialogues say.
+        """
+        ids_BT, lengths_B = batch["dialogue_ids"], batch["dialogue_lengths"]
+        x_BTD, lengths = self._read(batch.get("images"), batch["num_images"], ids_BT, lengths_B)
+        return {
+            "token_hidden": self._hidden(x_BTD, lengths_B, lengths),
+            # a copy, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
+            "token_vocabulary": self.text.vocabulary.clone(),
+        }
+
+    def _hidden(self, x_BTD: Tensor, lengths_B: Tensor, lengths: list[int]) -> Tensor:
+        num_tokens = x_BTD.shape[1]
+        if self.pack_tokens is not None:
+            packed = Packed(lengths, pack_rows(lengths, self.pack_tokens), device=x_BTD.device)
+            hidden_RLD = self.text(packed.pack(x_BTD), positions_BT=packed.positions_RL, mask=packed.mask)
+            return packed.unpack(hidden_RLD, num_tokens=num_tokens)
+        is_padding_BT = torch.arange(num_tokens, device=x_BTD.device) >= lengths_B[:, None]
+        return cast(Tensor, self.text(x_BTD)).masked_fill(is_padding_BT[:, :, None], 0)
+
+    def _read(
+        self, images: Tensor | None, num_images_B: Tensor, ids_BT: Tensor, lengths_B: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """Dialogues as the language model reads them [B, T, D], and the length of each."""
+        is_image_BT = ids_BT == IMAGE_ID
+        # one transfer from the device for everything that the host must know
+        known = torch.stack([num_images_B, is_image_BT.sum(dim=1), lengths_B]).tolist()
+        num_images, num_image_tokens, lengths = cast(list[list[int]], known)
+        self._check_counts(num_images, num_image_tokens)
+        x_BTD = self.text.embed(ids_BT.clamp(min=0))
+        tokens_NQD = self._image_tokens(images, num_images).to(x_BTD.dtype)
+        if not sum(num_images):
+            return x_BTD + (0 * tokens_NQD).sum(), lengths
+        places = torch.nonzero_static(is_image_BT.flatten(), size=sum(num_image_tokens)).squeeze(1)
+        x_ND = x_BTD.flatten(0, 1).index_copy(0, places, tokens_NQD.flatten(0, 1))
+        return x_ND.view_as(x_BTD), lengths
+
+    def _check_counts(self, num_images: Sequence[int], num_image_tokens: Sequence[int]) -> None:
+        for row, (number, found) in enumerate(zip(num_images, num_image_tokens, strict=True)):
+            if found != number * self.tokens_per_image:
+                raise ConfigError(
+                    "a dialogue does not have the tokens of its images",
+                    got=f"row {row}: {found} image tokens for {number} images",
+                    allowed=f"{number * self.tokens_per_image}, {self.tokens_per_image} for each image",
+                    remedy="build the data with the model's own dialogue",
+                )
+
+    def _image_tokens(self, images: Tensor | None, num_images: Sequence[int]) -> Tensor:
+        """[N, Q, D] of the images that are there, row after row; of a blank one where none is."""
+        size, like = self.image_spec.size, self.normalize.scale
+        if not sum(num_images):
+            return self._connected(like.new_zeros(1, 3, size, size))
+        if images is None:
+            images = like.new_empty(len(num_images), 0, 3, size, size)
+        images_BI3SS = images if images.ndim == 5 else images[:, None]
+        self._check_images(images_BI3SS, num_images)
+        width = images_BI3SS.shape[1]
+        places = [row * width + index for row, number in enumerate(num_images) for index in range(number)]
+        index_N = torch.tensor(places).to(images.device, non_blocking=True)
+        chosen_N3SS = images_BI3SS.flatten(0, 1).index_select(0, index_N)
+        return self._connected(self.normalize(chosen_N3SS) if images.dtype == torch.uint8 else chosen_N3SS)
+
+    def _check_images(self, images_BI3SS: Tensor, num_images: Sequence[int]) -> None:
+        size = self.image_spec.size
+        shape = (len(num_images), max(images_BI3SS.shape[1], *num_images), 3, size, size)
+        if images_BI3SS.shape != shape:
+            raise ConfigError(
+                "a batch of images does not have the shape that its dialogues say",
+                got=tuple(images_BI3SS.shape),
+                allowed=shape,
+                remedy="build the data with the model's own image_spec and dialogue",
+            )
+
+    def _connected(self, pixels_N3SS: Tensor) -> Tensor:
+        return cast(Tensor, self.connector(self.vision.tokens(pixels_N3SS)[:, self.first_patch :]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor | None,
+        num_images: Tensor,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Tensor:
+        """The answers to prompts, fields as those of a batch: ids [B, max_new_tokens], see `CausalLanguageModel`.
+
+        Raises:
+            ConfigError: as `forward`, or a prompt that leaves no room.
+        """
+        x_BTD, _ = self._read(images, num_images, ids_BT, lengths_B)
+        return self.text.generate(
+            x_BTD, lengths_B, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p
+        )
+
+    def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
+        """Forward FLOPs of one dialogue by part, 2 per multiply-add; with one image.
+
+        `num_text_tokens`: all that the language model reads, the tokens of the image included.
+        """
+        return {
+            "vision": self.vision.tokens_flops(),
+            "connector": self.connector.forward_flops(),
+            "text": self.text.forward_flops(num_text_tokens),
+        }
+
+
+def choose_packing(model: nn.Module, pack_tokens: int | None) -> None:
+    """Every generative model in `model` reads rows of so many tokens from now on; None is a row for each dialogue."""
+    for part in model.modules():
+        if isinstance(part, GenerativeModel):
+            part.pack_tokens = pack_tokens
