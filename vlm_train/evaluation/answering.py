@@ -97,7 +97,7 @@ class Answerer:
         return ids[: ids.index(self.dialogues.stop_id)] if self.dialogues.stop_id in ids else ids
 
 
-def check_asked(evaluators: Mapping[str, Any], given: type, model: str) -> None:
+def check_asked(evaluators: Mapping[str, Any], given: Any, model: str) -> None:
     """Refuses evaluators that ask what a model cannot tell, before it trains. `given`: `Embedder` or `Answerer`.
 
     Raises:
