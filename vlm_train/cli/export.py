@@ -1,4 +1,4 @@
-"""`vlm-train export`: a trained dual encoder as a folder that another library loads."""
+"""`vlm-train export`: a trained model as a folder that another library loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from vlm_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_train.build import Parts
+    from vlm_train.export.answers import Answering
     from vlm_train.export.certificate import Certificate, Prepare, Trained
+    from vlm_train.models.generative import GenerativeModel
 
 USAGE = """usage: vlm-train export run=RUN out=DIR [format=NAME] [verify=false] [checkpoint=PATH]
 
@@ -20,10 +22,11 @@ USAGE = """usage: vlm-train export run=RUN out=DIR [format=NAME] [verify=false] 
 
 Writes config, weights (safetensors), tokenizer, preprocessing and a model card, then loads the folder with the other
 library and measures how far its features, logits and pixels are from the trained model's. A difference is an error.
+A generative model becomes LLaVA, with its dialogues as a chat template.
 
   run=RUN            {run}
   out=DIR            a new or empty folder
-  format=NAME        transformers (CLIPModel or SiglipModel) or open_clip; transformers if left out
+  format=NAME        transformers (CLIPModel, SiglipModel, LLaVA) or open_clip; transformers if left out
   verify=false       write without loading and comparing
   checkpoint=PATH    {checkpoint}"""
 
@@ -31,7 +34,9 @@ KEYS = {"run": "RUN", "out": "DIR", "format": "NAME", "verify": "true|false", "c
 NEXT = {
     "transformers": 'transformers.AutoModel.from_pretrained("{out}")',
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{out}")',
+    "llava": 'transformers.AutoModelForImageTextToText.from_pretrained("{out}")',
 }
+FORMATS = ("transformers", "open_clip")
 
 
 def main(words: list[str]) -> int:
@@ -42,7 +47,7 @@ def main(words: list[str]) -> int:
     arguments = parse(words, KEYS, verb="export")
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
     out = arguments.required("out", new_place, example="out=DIR")
-    target = arguments.optional("format", choice(*NEXT), "transformers")
+    target = arguments.optional("format", choice(*FORMATS), "transformers")
     verify = arguments.optional("verify", choice("true", "false"), "true") == "true"
 
     from transformers.utils import logging
@@ -62,34 +67,62 @@ def main(words: list[str]) -> int:
         print_certificate(report.certificate)
     if report.left_out_bias is not None:
         print(f"CLIPModel has no place for the logit bias {report.left_out_bias:.4f}; rankings are the same without it")
-    print(f"next: {NEXT[target].format(out=out)}")
+    print(f"next: {NEXT.get(report.family, NEXT[target]).format(out=out)}")
     return 0
 
 
 def print_certificate(found: Certificate) -> None:
     """The differences, a line each."""
-    print(f"  largest difference of unit features  {found.features:.1e}")
+    if found.features is not None:
+        print(f"  largest difference of unit features  {found.features:.1e}")
     print(f"  largest difference of logits         {found.logits:.1e}")
     if found.pixels is not None:
         print(f"  largest difference of grey levels    {found.pixels:.1e} of 255")
     print(f"  tokens                               {'the same' if found.has_tokens else 'not compared'}")
 
 
-def trained_of(parts: Parts) -> Trained:
-    """The model of a run with what belongs to it. Raises ConfigError where it is no dual encoder."""
+def trained_of(parts: Parts) -> Trained | Answering:
+    """The model of a run with what belongs to it. Raises ConfigError where it is of no kind that is exported."""
     from vlm_train.export.certificate import Trained
     from vlm_train.models.dual_encoder import DualEncoder
+    from vlm_train.models.generative import GenerativeModel
 
+    if isinstance(parts.model, GenerativeModel):
+        return _answering(parts, parts.model)
     state = parts.objective.state_dict()
     if not isinstance(parts.model, DualEncoder) or "logit_scale" not in state:
-        raise ConfigError("only a dual encoder trained by a contrastive objective can be exported",
+        raise ConfigError("only a dual encoder trained by a contrastive objective or a generative model is exported",
                           got=f"{type(parts.model).__name__} and {type(parts.objective).__name__}",
-                          allowed="DualEncoder with infonce or sigmoid")  # fmt: skip
+                          allowed="DualEncoder with infonce or sigmoid; GenerativeModel")  # fmt: skip
     return Trained(
         model=parts.model,
         tokenizer=parts.tokenizer,
         logit_scale=state["logit_scale"],
         logit_bias=state.get("logit_bias"),
+    )
+
+
+def _answering(parts: Parts, model: GenerativeModel) -> Answering:
+    from vlm_train import build
+    from vlm_train.data.chat import Turn
+    from vlm_train.data.chat_jinja import jinja_of
+    from vlm_train.data.decode import SampleError
+    from vlm_train.export.answers import Answering
+
+    encoder = build.dialogues(parts)
+
+    def prompt(text: str) -> list[int] | None:
+        try:
+            return [int(number) for number in encoder.prompt([Turn("user", text)])]
+        except SampleError:  # too long, or more images than the model takes
+            return None
+
+    return Answering(
+        model=model,
+        tokenizer=parts.tokenizer,
+        prompt=prompt,
+        stop_id=encoder.stop_id,
+        chat_template=jinja_of(encoder, parts.tokenizer),
     )
 
 

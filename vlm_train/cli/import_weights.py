@@ -13,6 +13,7 @@ from vlm_train.errors import ConfigError, VlmError
 
 if TYPE_CHECKING:
     from vlm_train.engine.rundir import RunDirectory
+    from vlm_train.export.answers import Answering
     from vlm_train.export.certificate import Certificate, Trained
     from vlm_train.export.foreign import Foreign
     from vlm_train.types import Tokenizer
@@ -21,11 +22,13 @@ USAGE = """usage: vlm-train import from=PATH out=DIR [architecture=NAME] [tokeni
 
   vlm-train import from=clip-vit-base-patch32 out=runs/imported/clip
   vlm-train import from=epoch_32.pt architecture=ViT-B-32 out=runs/imported/laion
+  vlm-train import from=llava-1.5-7b-hf out=runs/imported/llava
 
 Reads weights (never code), config and tokenizer, writes them as a finished run, then runs the other library beside it
 and measures how far features and logits are from its own. A difference is an error.
 
-  from=PATH          a folder of transformers (CLIPModel, SiglipModel) or open_clip, or a file of open_clip's weights
+  from=PATH          a folder of transformers (CLIPModel, SiglipModel, LLaVA) or open_clip, or a file of open_clip's
+                     weights
   out=DIR            a new or empty folder; evaluate, predict and export take it as run=DIR
   architecture=NAME  of a file: its name in open_clip, such as ViT-B-32-quickgelu
   tokenizer=PATH     a folder with the tokenizer, where the model comes without
@@ -37,6 +40,10 @@ CONF = "conf"
 HEADER = """# The model that `vlm-train import` wrote to {run}.
 #   vlm-train train --config-dir {run}/conf model=imported
 """
+NO_TEMPLATE = (
+    "no template of ours writes its questions as its chat template does; data.template=vicuna is set, and no tokens of "
+    "questions were compared"
+)
 KEYS = {"from": "PATH", "out": "DIR", "architecture": "NAME", "tokenizer": "PATH", "verify": "true|false"}
 
 
@@ -59,10 +66,11 @@ def main(words: list[str]) -> int:
     foreign = read_model(source, arguments.optional("architecture"))
     tokenizer, missing = _tokenizer(foreign, arguments.optional("tokenizer"))
     trained, run = foreign.trained(tokenizer), RunDirectory(out)
-    certificate = _write(run, foreign, trained, source, verify=verify)
+    template = _template(foreign, trained)
+    certificate = _write(run, foreign, trained, template, source, verify=verify)
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     print(f"{source} ({foreign.family}) as {run.path}, {num_parameters:,} parameters")
-    for note in foreign.notes:
+    for note in [*foreign.notes, *([NO_TEMPLATE] if template is None else [])]:
         print(f"note: {note}")
     if certificate is not None:
         print(f"certificate, {certificate.library} on {source} against the run:")
@@ -70,7 +78,8 @@ def main(words: list[str]) -> int:
     if tokenizer is None:
         print(f"imported without a tokenizer: {missing}; evaluate and predict need one: import with tokenizer=PATH")
         return 0
-    print(f'next: vlm-train predict run={run.path} text="..." images=FOLDER out=grid.png')
+    asking = 'image=FILE prompt="..."' if foreign.family == "llava" else 'text="..." images=FOLDER out=grid.png'
+    print(f"next: vlm-train predict run={run.path} {asking}")
     return 0
 
 
@@ -98,7 +107,15 @@ def _tokenizer(foreign: Foreign, given: str | None) -> tuple[Tokenizer | None, s
     return tokenizer, ""
 
 
-def _write(run: RunDirectory, foreign: Foreign, trained: Trained, source: str, *, verify: bool) -> Certificate | None:
+def _write(
+    run: RunDirectory,
+    foreign: Foreign,
+    trained: Trained | Answering,
+    template: list[str] | None,
+    source: str,
+    *,
+    verify: bool,
+) -> Certificate | None:
     """Writes the run and, where asked, certifies it."""
     import torch
     from omegaconf import OmegaConf
@@ -106,14 +123,12 @@ def _write(run: RunDirectory, foreign: Foreign, trained: Trained, source: str, *
     from vlm_train.engine import checkpoints
     from vlm_train.engine.rundir import write_atomic
 
-    config = _config(run, foreign, has_bias=trained.logit_bias is not None)
+    config = _config(run, foreign, trained, template)
     run.create()
     if trained.tokenizer is not None:
         trained.tokenizer.save(str(run.tokenizer))
     state = {f"model.{name}": tensor for name, tensor in trained.model.state_dict().items()}
-    state["objective.logit_scale"] = trained.logit_scale
-    if trained.logit_bias is not None:
-        state["objective.logit_bias"] = trained.logit_bias
+    state |= {f"objective.{name}": tensor for name, tensor in trained.objective.items()}
     temporary = checkpoints.begin(run.checkpoints, 0)
     torch.save({"state_dict": state}, temporary / checkpoints.STATE)
     checkpoints.commit(temporary, 0, keep=1)
@@ -123,32 +138,31 @@ def _write(run: RunDirectory, foreign: Foreign, trained: Trained, source: str, *
     write_atomic(choice_file, HEADER.format(run=run.path) + OmegaConf.to_yaml(config.model))
     run.event("imported", {"source": source, "family": foreign.family, "notes": list(foreign.notes)})
     run.event("finished", {"step": 0})
-    return _certify(run, foreign, trained) if verify else None
+    return _certify(run, foreign, trained, has_template=template is not None) if verify else None
 
 
-def _certify(run: RunDirectory, foreign: Foreign, trained: Trained) -> Certificate:
+def _certify(run: RunDirectory, foreign: Foreign, trained: Trained | Answering, *, has_template: bool) -> Certificate:
     """The run as every other verb reads it, against the other library; a run that is not the same model is removed."""
     from vlm_train import build
-    from vlm_train.export.certificate import certify
+    from vlm_train.export.folders import compare
 
     try:
-        if trained.tokenizer is None:
-            return certify(trained.reference(), foreign.load())
+        if trained.tokenizer is None or not has_template:
+            return compare(trained, foreign.load())
         parts = build.load(run.path)
         prepare = None if foreign.notes else preparation(parts)  # a note is about preprocessing that differs
-        return certify(trained_of(parts).reference(), foreign.load(), prepare=prepare)
+        return compare(trained_of(parts), foreign.load(), prepare=prepare)
     except VlmError:
         shutil.rmtree(run.path)
         raise
 
 
-def _config(run: RunDirectory, foreign: Foreign, *, has_bias: bool) -> Any:
+def _config(run: RunDirectory, foreign: Foreign, trained: Trained | Answering, template: list[str] | None) -> Any:
     """The defaults of a training with the imported model: what `evaluate` measures, and what a training would do."""
     from vlm_train.cli.compose import compose_config
     from vlm_train.schema import check
 
-    objective = "sigmoid" if has_bias else "infonce"
-    config = compose_config([f"objective={objective}"], checked=False)
+    config = compose_config(_choices(foreign, trained, template), checked=False)
     config.run.experiment, config.run.id, config.run.dir = "imported", run.path.name, str(run.path)
     tokenizer = {
         "_target_": "vlm_train.data.tokenizer.HuggingFaceTokenizer",
@@ -164,3 +178,37 @@ def _config(run: RunDirectory, foreign: Foreign, *, has_bias: bool) -> Any:
         raise ConfigError(f"the imported model makes no config: {error.what}", got=error.got, allowed=error.allowed,
                           remedy=error.remedy) from error  # fmt: skip
     return config
+
+
+def _choices(foreign: Foreign, trained: Trained | Answering, template: list[str] | None) -> list[str]:
+    """What a training of such a model would do, as words of a command."""
+    if foreign.family != "llava":
+        return ["objective=sigmoid" if "logit_bias" in trained.objective else "objective=infonce"]
+    return ["objective=next_token", "evaluation=vqa", *(["data.template=vicuna"] if template is None else template)]
+
+
+def _template(foreign: Foreign, trained: Trained | Answering) -> list[str] | None:
+    """Words of a command for the template that writes every question as the other library does; of a dual encoder
+    none, and None where no template of ours does."""
+    from itertools import product
+
+    from PIL import Image
+
+    from vlm_train.data.chat import TEMPLATES, Turn
+    from vlm_train.data.dialogue import OWN, DialogueEncoder
+    from vlm_train.export.answers import QUESTIONS, Answering
+
+    if not isinstance(trained, Answering):
+        return []
+    if trained.tokenizer is None:
+        return None
+    library, blank = foreign.load(), Image.new("RGB", (8, 8))
+    theirs = {text: library.prompt(text, blank) for text in QUESTIONS}
+    for name, system in product([*TEMPLATES, OWN], [None, ""]) if None not in theirs.values() else ():
+        try:
+            encoder = DialogueEncoder(name, trained.tokenizer, trained.model.dialogue, system)
+            if all(encoder.prompt([Turn("user", text)]).tolist() == ids for text, ids in theirs.items()):
+                return [f"data.template={name}", *(["data.system=''"] if system == "" else [])]
+        except VlmError:  # one that this tokenizer or this context does not take
+            continue
+    return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from vlm_train.export.answers import Answering
 from vlm_train.export.certificate import Certificate
 from vlm_train.models.dual_encoder import DualEncoder
 
@@ -84,4 +87,56 @@ def model_card(
         usage=USAGE[library].format(context_length=text.context_length),
         notes=notes + ("" if left_out_bias is None else LEFT_OUT.format(bias=left_out_bias)),
         certificate=said.format(library=library, features=0.0 if certificate is None else certificate.features),
+    )
+
+
+ANSWERING = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, vlm-train]
+---
+# LLaVA, trained with vlm-train
+
+| | |
+|---|---|
+| image | {size} x {size} pixels, {resize}, {num_image_tokens} tokens each |
+| dialogue | at most {context_length} tokens, {max_images} images |
+| image tower | read at layer {layer}; what lies behind changes nothing and is never read |
+| language model | {language}, {vocab_size} tokens |
+| parameters | {num_parameters:,} |
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER").eval()
+processor = AutoProcessor.from_pretrained("THIS_FOLDER", backend="pil")  # the pixels of evaluation
+turns = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]}}]
+text = processor.apply_chat_template(turns, add_generation_prompt=True)
+inputs = processor(images=image, text=text, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])
+```
+
+{certificate} The licence of the weights follows from the data they were trained on.
+"""
+SAME_LOGITS = """Certificate: on a few dialogues the logits of transformers differ from those of the trained model by at
+most {logits:.1e}."""
+
+
+def answering_card(trained: Answering, certificate: Certificate | None) -> str:
+    """The card's text for a generative model exported to transformers."""
+    model = trained.model
+    language: Any = model.text.network
+    said = NOT_CERTIFIED.format(library="transformers")
+    return ANSWERING.format(
+        size=model.image_spec.size,
+        resize=RESIZE[model.image_spec.resize],
+        num_image_tokens=model.tokens_per_image,
+        context_length=model.dialogue.context_length,
+        max_images=model.dialogue.max_images,
+        layer=model.feature_layer,
+        language=language.config.model_type,
+        vocab_size=model.text.vocab_size,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        certificate=said if certificate is None else SAME_LOGITS.format(logits=certificate.logits),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm_train.errors import CheckpointError
 from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.generative import GenerativeModel
 from vlm_train.types import TextSpec, Tokenizer
 
 CERTIFIED_TEXTS = ["a red square above a blue circle", "Two dogs, one ball.", "", "a long caption " * 40]
@@ -39,19 +40,23 @@ class Encoded:
     logits: Tensor
 
 
-class Library(Protocol):
-    """A model in the hands of another library."""
+class Seeing(Protocol):
+    """Whatever has pixels of its own making."""
 
     name: str
+
+    def prepare(self, picture: Image.Image) -> Tensor | None:
+        """Normalised pixels [3, S, S]; None where it came without preprocessing."""
+
+
+class Library(Seeing, Protocol):
+    """A dual encoder in the hands of another library."""
 
     def encode(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Encoded:
         """Normalised pixels and ids, through the other library."""
 
     def tokenize(self, texts: list[str]) -> Tensor | None:
         """ids [B, T] padded to the context; None where it came without a tokenizer."""
-
-    def prepare(self, picture: Image.Image) -> Tensor | None:
-        """Normalised pixels [3, S, S]; None where it came without preprocessing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,12 @@ class Trained:
     tokenizer: Tokenizer | None
     logit_scale: Tensor
     logit_bias: Tensor | None = None
+
+    @property
+    def objective(self) -> dict[str, Tensor]:
+        """The tensors of its objective by name."""
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
+        return {"logit_scale": self.logit_scale, **bias}
 
     def reference(self) -> Trained:
         """A copy on the CPU in fp32, in evaluation mode."""
@@ -85,11 +96,11 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """Largest absolute differences: of unit features, of logits, and of evaluation's pixels in grey levels (None where
-    no preprocessing was compared); and whether tokens were compared."""
+    """Largest absolute differences: of unit features (None of a model that has none), of logits, and of evaluation's
+    pixels in grey levels (None where no preprocessing was compared); and whether tokens were compared."""
 
     library: str
-    features: float
+    features: float | None
     logits: float
     pixels: float | None
     has_tokens: bool
@@ -110,30 +121,39 @@ def certify(trained: Trained, library: Library, *, prepare: Prepare | None = Non
     ours, other = trained.encode(images, ids, mask), library.encode(model.normalize(images), ids)
     found = Certificate(
         library=library.name,
-        features=max(_distance(ours.images, other.images), _distance(ours.texts, other.texts)),
-        logits=_distance(ours.logits, other.logits),
-        pixels=_pixel_distance(model, library, prepare),
+        features=max(distance(ours.images, other.images), distance(ours.texts, other.texts)),
+        logits=distance(ours.logits, other.logits),
+        pixels=pixel_distance(model, library, prepare),
         has_tokens=theirs is not None,
     )
     logit_tolerance = TOLERANCE * max(1.0, trained.logit_scale.exp().item())
     are_same_tokens = theirs is None or _are_same(ids, theirs, mask, all_positions=spec.pad_to_max)
-    if not (
-        found.features <= TOLERANCE
-        and found.logits <= logit_tolerance
-        and are_same_tokens
-        and (found.pixels is None or found.pixels <= PIXEL_TOLERANCE)
-    ):
-        raise CheckpointError(
-            f"the model in {library.name} is not the same model",
-            got=f"feature difference {found.features:.1e}, logit difference {found.logits:.1e}, "
-            f"same tokens {are_same_tokens}, grey levels {found.pixels}",
-            allowed=f"at most {TOLERANCE:.0e}, {logit_tolerance:.0e}, the same tokens, {PIXEL_TOLERANCE} grey levels",
-            remedy=f"report this with the versions of {library.name} and vlm-train",
-        )
+    require_same(found, logit_tolerance=logit_tolerance, are_same_tokens=are_same_tokens)
     return found
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def require_same(found: Certificate, *, logit_tolerance: float, are_same_tokens: bool) -> None:
+    """Refuses a model that is not the same in the other library. Raises CheckpointError."""
+    rows = [  # what was found, what is allowed, whether it fits
+        (f"logit difference {found.logits:.1e}", f"{logit_tolerance:.0e}", found.logits <= logit_tolerance),
+        (f"same tokens {are_same_tokens}", "the same tokens", are_same_tokens),
+        (f"grey levels {found.pixels}", f"{PIXEL_TOLERANCE} grey levels",
+         found.pixels is None or found.pixels <= PIXEL_TOLERANCE),
+    ]  # fmt: skip
+    if found.features is not None:
+        is_near = found.features <= TOLERANCE
+        rows.insert(0, (f"feature difference {found.features:.1e}", f"{TOLERANCE:.0e}", is_near))
+    if not all(fits for _, _, fits in rows):
+        raise CheckpointError(
+            f"the model in {found.library} is not the same model",
+            got=", ".join(got for got, _, _ in rows),
+            allowed=f"at most {', '.join(allowed for _, allowed, _ in rows)}",
+            remedy=f"report this with the versions of {found.library} and vlm-train",
+        )
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; infinite where shapes differ."""
     return (a - b).abs().max().item() if a.shape == b.shape else float("inf")
 
 
@@ -154,15 +174,19 @@ def _random_texts(spec: TextSpec) -> tuple[Tensor, Tensor]:
     return ids, places <= ends
 
 
-def _pixel_distance(model: DualEncoder, library: Library, prepare: Prepare | None) -> float | None:
-    """Grey levels between two preparations of a smooth picture that is wider than high."""
-    spec = model.image_spec
-    width, height = spec.size * 9 // 4, spec.size * 3 // 2
+def smooth_picture(width: int, height: int) -> Image.Image:
+    """Waves of colour, on which two resamplings agree but for their rounding."""
     x, y = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
     waves = np.stack(np.broadcast_arrays(x, y, 0.5 + 0.5 * np.sin(7 * x + 5 * y)), axis=-1)
-    picture = Image.fromarray((20 + 215 * waves).astype(np.uint8))
+    return Image.fromarray((20 + 215 * waves).astype(np.uint8))
+
+
+def pixel_distance(model: DualEncoder | GenerativeModel, library: Seeing, prepare: Prepare | None) -> float | None:
+    """Grey levels between two preparations of a smooth picture that is wider than high; None without one of them."""
+    spec = model.image_spec
+    picture = smooth_picture(spec.size * 9 // 4, spec.size * 3 // 2)
     theirs = None if prepare is None else library.prepare(picture)
     if prepare is None or theirs is None:
         return None
     ours = model.normalize(torch.from_numpy(prepare(picture))[None])[0]
-    return 255 * _distance(ours * torch.tensor(spec.std)[:, None, None], theirs * torch.tensor(spec.std)[:, None, None])
+    return 255 * distance(ours * torch.tensor(spec.std)[:, None, None], theirs * torch.tensor(spec.std)[:, None, None])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlm_train.assets import resolve_asset
 from vlm_train.errors import ConfigError
-from vlm_train.export import hf, openclip
-from vlm_train.export.card import model_card
+from vlm_train.export import hf, llava, openclip
+from vlm_train.export.answers import Answering, certify_answers
+from vlm_train.export.card import answering_card, model_card
 from vlm_train.export.certificate import Certificate, Library, Prepare, Trained, certify
-from vlm_train.export.foreign import Foreign
+from vlm_train.export.foreign import Foreign, read_config
 
 Format = Literal["transformers", "open_clip"]
 
@@ -21,6 +22,7 @@ READERS: dict[str, Callable[[Path], Library]] = {
     hf.NAME: hf.TransformersModel,
     openclip.NAME: openclip.OpenClipModel.from_folder,
 }
+"""Of dual encoders; a generative model is LLaVA, which only transformers has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,12 @@ class ExportReport:
 
 
 def export_model(
-    trained: Trained, *, target: Format, out: Path, verify: bool = True, prepare: Prepare | None = None
+    trained: Trained | Answering, *, target: Format, out: Path, verify: bool = True, prepare: Prepare | None = None
 ) -> ExportReport:
     """Writes config, weights (fp32 safetensors), tokenizer, preprocessing and card to `out`, and certifies them.
 
     Args:
-        trained: two of our transformers with a tokenizer; not changed.
+        trained: two of our transformers, or a generative model, with a tokenizer; not changed.
         target: the library that loads the folder.
         out: folder to write, made if missing.
         verify: load the folder with that library and compare.
@@ -57,6 +59,8 @@ def export_model(
         CheckpointError: the written folder does not reproduce the model.
     """
     reference = trained.reference()
+    if isinstance(reference, Answering):
+        return _export_llava(reference, target=target, out=out, verify=verify, prepare=prepare)
     if verify and target == openclip.NAME:
         openclip.open_clip()
     family = WRITERS[target](reference, out)
@@ -72,6 +76,27 @@ def export_model(
         certificate=certificate,
         left_out_bias=left_out,
     )
+
+
+def _export_llava(
+    reference: Answering, *, target: Format, out: Path, verify: bool, prepare: Prepare | None
+) -> ExportReport:
+    if target != hf.NAME:
+        raise ConfigError(
+            f"{target} has no model that answers", got=f"format={target}", allowed=hf.NAME, remedy=f"format={hf.NAME}"
+        )
+    family = llava.write(reference, out)
+    certificate = certify_answers(reference, llava.LlavaInTransformers(out), prepare=prepare) if verify else None
+    (out / "README.md").write_text(answering_card(reference, certificate), encoding="utf-8")
+    num_parameters = sum(parameter.numel() for parameter in reference.model.parameters())
+    return ExportReport(family=family, num_parameters=num_parameters, certificate=certificate)
+
+
+def compare(trained: Trained | Answering, library: Any, *, prepare: Prepare | None = None) -> Certificate:
+    """How far `library`, which holds the same model, is from `trained`. Raises CheckpointError where it is too far."""
+    if isinstance(trained, Answering):
+        return certify_answers(trained.reference(), library, prepare=prepare)
+    return certify(trained.reference(), library, prepare=prepare)
 
 
 def read_model(path: str, architecture: str | None = None) -> Foreign:
@@ -95,4 +120,8 @@ def read_model(path: str, architecture: str | None = None) -> Foreign:
             allowed="architecture= with a file of weights",
             remedy="leave it out",
         )
-    return openclip.read(local, architecture) if is_open_clip else hf.read(location)
+    if is_open_clip:
+        return openclip.read(local, architecture)
+    config, processor = read_config(location)
+    read = llava.read if config.model_type == llava.FAMILY else hf.read
+    return read(location, config, processor)

@@ -12,12 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
 
+from vlm_train.assets import hub_access
 from vlm_train.errors import ConfigError
-from vlm_train.export.certificate import Library, Trained
+from vlm_train.export.answers import Answering
+from vlm_train.export.certificate import Trained
 from vlm_train.export.rules import Family
 from vlm_train.export.towers import Node, model_from
 from vlm_train.export.weights import import_state
+from vlm_train.models.generative import GenerativeModel
 from vlm_train.types import Cleaning, TextSpec, Tokenizer
 
 CLIP_VOCABULARY = "package:open-clip-torch"
@@ -38,7 +42,8 @@ class Foreign:
         vocabulary: where its tokenizer lies: a folder, a hub name or CLIP_VOCABULARY; None where there is none.
         clean: what open_clip does to a text before a tokenizer of Hugging Face: `whitespace`, `lower`, `canonicalize`.
         notes: in what its preparation of images is not ours, a sentence each.
-        load: makes the other library's own model of the same weights, for a certificate.
+        load: makes the other library's own model of the same weights, for a certificate: `Library`, or `Speaking` for
+            a generative model.
     """
 
     family: Family
@@ -47,14 +52,30 @@ class Foreign:
     state: dict[str, Tensor]
     vocabulary: str | None
     notes: Sequence[str]
-    load: Callable[[], Library]
+    load: Callable[[], Any]
     clean: Cleaning | None = None
 
-    def trained(self, tokenizer: Tokenizer | None) -> Trained:
+    def trained(self, tokenizer: Tokenizer | None) -> Trained | Answering:
         """Our model with its weights. Raises ConfigError or CheckpointError where they do not fit its config."""
         model = model_from(self.node, self.spec if tokenizer is None else tokenizer.spec)
         extra = import_state(model, self.state, family=self.family)
-        return Trained(model=model.eval(), tokenizer=tokenizer, **extra)
+        model.eval()
+        if isinstance(model, GenerativeModel):
+            return Answering(model=model, tokenizer=tokenizer)
+        return Trained(model=model, tokenizer=tokenizer, **extra)
+
+
+def read_config(location: str) -> tuple[Any, Any]:
+    """The config and the image processor at a local folder or of a name on the hub. Raises ConfigError."""
+    try:
+        with hub_access(location):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            return config, AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"{location} holds no model that can be imported", got=str(error).strip().splitlines()[0],
+            allowed="config.json of transformers, or open_clip_config.json", remedy="correct from=",
+        ) from error  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from vlm_train.assets import hub_access
-from vlm_train.errors import CheckpointError, ConfigError
+from vlm_train.errors import CheckpointError
 from vlm_train.export.certificate import Encoded, Trained
 from vlm_train.export.foreign import Foreign
 from vlm_train.export.rules import Family
@@ -73,12 +72,13 @@ class TransformersModel:
     """A folder, or a name on the hub, in the hands of transformers."""
 
     name = NAME
+    auto: Any = AutoModel
 
     def __init__(self, location: str | Path) -> None:
         self.location = location
         try:
             with hub_access(str(location)):
-                self.model, info = AutoModel.from_pretrained(
+                self.model, info = self.auto.from_pretrained(
                     location, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )
         except (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
@@ -163,11 +163,11 @@ def config_of(model: DualEncoder) -> CLIPConfig | SiglipConfig:
     is_siglip = family_of(model) == "siglip"
     vision, text = towers_of(model, NAME)
     spec = text.text_spec
-    vision_config = _their_tower(shape_of(vision.blocks)) | {
+    vision_config = their_tower(shape_of(vision.blocks)) | {
         "image_size": vision.image_spec.size,
         "patch_size": vision.patch_size,
     }
-    text_config = _their_tower(shape_of(text.blocks)) | {
+    text_config = their_tower(shape_of(text.blocks)) | {
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.context_length,
         "pad_token_id": spec.pad_id,
@@ -185,7 +185,8 @@ def config_of(model: DualEncoder) -> CLIPConfig | SiglipConfig:
     return CLIPConfig(vision_config=vision_config, text_config=text_config, **common)
 
 
-def _their_tower(shape: Mapping[str, Any]) -> dict[str, Any]:
+def their_tower(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a tower's config for what `shape_of` gives."""
     return {
         "hidden_size": shape["width"],
         "intermediate_size": shape["mlp_dim"],
@@ -212,33 +213,29 @@ def _hide_padding_mask(directory: Path) -> None:
     path.write_text(json.dumps(config | {"model_input_names": ["input_ids"]}, indent=2), encoding="utf-8")
 
 
-def read(location: str) -> Foreign:
-    """The CLIPModel or SiglipModel at a local folder or of a name on the hub, read but not yet ours.
+def read(location: str, config: Any, processor: Any) -> Foreign:
+    """The CLIPModel or SiglipModel there, read but not yet ours; the others as `read_config` gives them.
 
     Raises:
-        ConfigError: it cannot be found, or is or has something that our towers are not.
+        ConfigError: it is or has something that our towers are not.
     """
-    try:
-        with hub_access(location):
-            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-            processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
-    except ValueError as error:
-        raise ConfigError(
-            f"{location} holds no model that can be imported", got=str(error).strip().splitlines()[0],
-            allowed="config.json of transformers, or open_clip_config.json", remedy="correct from=",
-        ) from error  # fmt: skip
     node = node_of(config, spec_of_processor(processor))
     theirs = TransformersModel(location)
-    notes = [] if processor.resample == BICUBIC else ["its images are resized by another kernel than bicubic, ours is"]
     return Foreign(
         family=config.model_type,
         node=node,
         spec=spec_of(config),
         state=theirs.model.state_dict(),
         vocabulary=location if has_tokenizer(location) else None,
-        notes=notes,
+        notes=notes_on(processor),
         load=lambda: theirs,
     )
+
+
+def notes_on(processor: Any) -> list[str]:
+    """In what an image processor is not ours, a sentence each."""
+    notes = [] if processor.resample == BICUBIC else ["its images are resized by another kernel than bicubic, ours is"]
+    return [*notes, "its images are padded to squares, ours are cut"] if getattr(processor, "do_pad", False) else notes
 
 
 def node_of(config: Any, image: ImageSpec) -> Node:
@@ -258,10 +255,10 @@ def node_of(config: Any, image: ImageSpec) -> Node:
     wrong += [] if image.size == vision.image_size else [f"image_size={vision.image_size}, processor {image.size}"]
     if wrong:
         raise not_readable(type(config).__name__.removesuffix("Config") + "Model", wrong)
-    ours = {"image": image_node(image), "patch_size": vision.patch_size, **_our_tower(vision)}
+    ours = {"image": image_node(image), "patch_size": vision.patch_size, **our_tower(vision)}
     if kind == "siglip":
-        return siglip_node(embed_dim=text.projection_size, vision=ours, text=_our_tower(text))
-    return clip_node(embed_dim=config.projection_dim, vision=ours, text=_our_tower(text))
+        return siglip_node(embed_dim=text.projection_size, vision=ours, text=our_tower(text))
+    return clip_node(embed_dim=config.projection_dim, vision=ours, text=our_tower(text))
 
 
 def spec_of(config: Any) -> TextSpec:
@@ -280,7 +277,8 @@ def spec_of(config: Any) -> TextSpec:
     )
 
 
-def _our_tower(config: Any) -> dict[str, Any]:
+def our_tower(config: Any) -> dict[str, Any]:
+    """The keywords of a tower of ours for a tower's config."""
     return {
         "width": config.hidden_size,
         "num_layers": config.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Names of tensors: ours <-> transformers (CLIPModel, SiglipModel) <-> open_clip, without arithmetic.
+"""Names of tensors: ours <-> transformers (CLIPModel, SiglipModel, LLaVA) <-> open_clip, without arithmetic.
 
 A family is a list of rules, each "our tensor <-> theirs", of five kinds:
 
@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.vision.vit import VisionTransformer
 
-Family = Literal["clip", "siglip", "open_clip", "open_clip_timm"]
-"""`clip` and `siglip` are transformers' names; `open_clip` is open_clip with its own image tower, `open_clip_timm` with
-a SigLIP tower of timm."""
+Family = Literal["clip", "siglip", "open_clip", "open_clip_timm", "llava"]
+"""`clip`, `siglip` and `llava` are transformers' names; `open_clip` is open_clip with its own image tower,
+`open_clip_timm` with a SigLIP tower of timm."""
 
 BLOCK_IN_TRANSFORMERS = {
     "norm1": "layer_norm1",
@@ -82,9 +83,13 @@ class Rule:
         return tensors[0].reshape(1) if self.kind == "scalar" else tensors[0]
 
 
-def rules_for(model: DualEncoder, family: Family, *, with_bias: bool = False) -> list[Rule]:
+def rules_for(model: nn.Module, family: Family, *, with_bias: bool = False) -> list[Rule]:
     """Every rule of `family` for a model of this depth. `with_bias`: open_clip's models may have a logit bias or not;
-    transformers' CLIPModel has none and its SiglipModel always one."""
+    transformers' CLIPModel has none and its SiglipModel always one. `model`: GenerativeModel for `llava`, otherwise
+    DualEncoder."""
+    if family == "llava":
+        return _llava_rules(model)
+    assert isinstance(model, DualEncoder)
     num_vision, num_text = len(model.vision.blocks), len(model.text.blocks)  # type: ignore[attr-defined]
     if family in ("clip", "siglip"):
         return _transformers_rules(num_vision, num_text, is_siglip=family == "siglip")
@@ -110,21 +115,59 @@ def _transformers_rules(num_vision: int, num_text: int, *, is_siglip: bool) -> l
         Rule("text.position", (f"{text}embeddings.position_embedding.weight",)),
         *_pairs("vision.", vision, {"post_norm": "post_layernorm"}),
         *_pairs("text.", text, {"post_norm": "final_layer_norm"}),
+        *_transformers_blocks("vision", vision, num_vision),
+        *_transformers_blocks("text", text, num_text),
     ]
-    for tower, prefix, depth in (("vision", vision, num_vision), ("text", text, num_text)):
-        for index in range(depth):
-            ours, theirs = f"{tower}.blocks.{index}.", f"{prefix}encoder.layers.{index}."
-            rules += _pairs(ours, theirs, BLOCK_IN_TRANSFORMERS)
-            for leaf in ("weight", "bias"):
-                parts = tuple(f"{theirs}self_attn.{part}_proj.{leaf}" for part in "qkv")
-                rules.append(Rule(f"{ours}attention.qkv.{leaf}", parts, "split"))
     return rules + (_siglip_only() if is_siglip else _clip_only())
+
+
+def _transformers_blocks(tower: str, prefix: str, depth: int) -> list[Rule]:
+    rules = []
+    for index in range(depth):
+        ours, theirs = f"{tower}.blocks.{index}.", f"{prefix}encoder.layers.{index}."
+        rules += _pairs(ours, theirs, BLOCK_IN_TRANSFORMERS)
+        for leaf in ("weight", "bias"):
+            parts = tuple(f"{theirs}self_attn.{part}_proj.{leaf}" for part in "qkv")
+            rules.append(Rule(f"{ours}attention.qkv.{leaf}", parts, "split"))
+    return rules
+
+
+def _clip_front(vision: str) -> list[Rule]:
+    return [
+        Rule("vision.class_token", (f"{vision}embeddings.class_embedding",)),
+        *_pairs("vision.", vision, {"pre_norm": "pre_layrnorm"}),  # the misspelling is transformers' own
+    ]
+
+
+def _llava_rules(model: nn.Module) -> list[Rule]:
+    """A tower that was made by transformers, and every language model, have its names already, behind another
+    prefix."""
+    vision, connector = "model.vision_tower.", "model.multi_modal_projector."
+    prefixes = {"vision.network.": vision, "connector.layers.0.": f"{connector}linear_1.",
+                "connector.layers.2.": f"{connector}linear_2.", "text.network.model.": "model.language_model.",
+                "text.network.lm_head.": "lm_head."}  # fmt: skip
+    rules = [
+        Rule(name, (theirs + name.removeprefix(ours),))
+        for name in model.state_dict()
+        for ours, theirs in prefixes.items()
+        if name.startswith(ours)
+    ]
+    tower = model.vision
+    if not isinstance(tower, VisionTransformer):
+        return rules
+    patches = f"{vision}embeddings.patch_embedding."
+    rules += [Rule("vision.patch_embed.bias", (f"{patches}bias",))] if tower.pre_norm is None else _clip_front(vision)
+    return [
+        *rules,
+        Rule("vision.patch_embed.weight", (f"{patches}weight",)),
+        Rule("vision.position", (f"{vision}embeddings.position_embedding.weight",)),
+        *_transformers_blocks("vision", vision, len(tower.blocks)),
+    ]
 
 
 def _clip_only() -> list[Rule]:
     return [
-        Rule("vision.class_token", ("vision_model.embeddings.class_embedding",)),
-        *_pairs("vision.", "vision_model.", {"pre_norm": "pre_layrnorm"}),  # the misspelling is transformers' own
+        *_clip_front("vision_model."),
         Rule("image_projection.weight", ("visual_projection.weight",)),
         Rule("text_projection.weight", ("text_projection.weight",)),
     ]

@@ -12,7 +12,10 @@ from typing import Any
 from torch import nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
 from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.generative import GenerativeModel
+from vlm_train.models.language import CausalLanguageModel
 from vlm_train.models.layers import Attention, Block, QuickGELU
 from vlm_train.models.text.transformer import TextTransformer
 from vlm_train.models.vision.vit import VisionTransformer
@@ -22,6 +25,11 @@ TARGET = "_target_"
 MODEL = "vlm_train.models.dual_encoder.DualEncoder"
 VISION = "vlm_train.models.vision.vit.VisionTransformer"
 TEXT = "vlm_train.models.text.transformer.TextTransformer"
+GENERATIVE = "vlm_train.models.generative.GenerativeModel"
+LANGUAGE = "vlm_train.models.language.CausalLanguageModel"
+CONNECTORS: dict[str, type[MLPConnector]] = {
+    f"{each.__module__}.{each.__qualname__}": each for each in (MLPConnector, LinearConnector)
+}
 
 Node = dict[str, Any]
 
@@ -46,11 +54,30 @@ def image_node(spec: ImageSpec) -> Node:
     return {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std), "resize": spec.resize}
 
 
-def model_from(node: Mapping[str, Any], spec: TextSpec) -> DualEncoder:
+def generative_node(
+    *, vision: Mapping[str, Any], connector: type[MLPConnector], text: Mapping[str, Any], rest: Mapping[str, Any]
+) -> Node:
+    """A node of a generative model. `vision`: keywords of our tower; `text`: the architecture of a language model;
+    `rest`: further keywords of `GenerativeModel`."""
+    name = next(name for name, each in CONNECTORS.items() if each is connector)
+    return {
+        TARGET: GENERATIVE,
+        **rest,
+        "vision": {TARGET: VISION, **vision},
+        "connector": {TARGET: name, "_partial_": True},
+        "text": {TARGET: LANGUAGE, "architecture": dict(text)},
+    }
+
+
+def model_from(node: Mapping[str, Any], spec: TextSpec) -> DualEncoder | GenerativeModel:
     """The model of a node, with initial weights. Raises ConfigError for sizes that do not fit."""
-    rest = {key: value for key, value in node.items() if key not in (TARGET, "vision", "text")}
+    rest = {key: value for key, value in node.items() if key not in (TARGET, "vision", "text", "connector")}
     vision, text = ({k: v for k, v in node[tower].items() if k != TARGET} for tower in ("vision", "text"))
-    return DualEncoder(vision=VisionTransformer(**vision), text=TextTransformer(spec=spec, **text), **rest)
+    tower = VisionTransformer(**vision)
+    if node.get(TARGET) == GENERATIVE:
+        connector = CONNECTORS[node["connector"][TARGET]]
+        return GenerativeModel(vision=tower, connector=connector, text=CausalLanguageModel(spec=spec, **text), **rest)
+    return DualEncoder(vision=tower, text=TextTransformer(spec=spec, **text), **rest)
 
 
 def shape_of(blocks: nn.ModuleList) -> dict[str, Any]:
@@ -98,22 +125,23 @@ def require(target: str, parts: Mapping[str, Any], allowed: Mapping[str, Any]) -
         raise not_expressible(target, rows)
 
 
-def not_expressible(target: str, rows: Iterable[tuple[str, bool, str]]) -> ConfigError:
+def not_expressible(target: str, rows: Iterable[tuple[str, bool, str]], *, remedy: str | None = None) -> ConfigError:
     """The refusal of an export; `rows`: (part with its value, whether the target holds it, what it would hold)."""
     wrong = {got: allowed for got, fits, allowed in rows if not fits}
     return ConfigError(
         f"{target} has no model that holds these towers exactly",
         got="; ".join(wrong),
         allowed="; ".join(f"{allowed} instead of {got}" for got, allowed in wrong.items()),
-        remedy="train with model=clip_* or model=siglip_* to export; other models are used through `vlm-train predict`",
+        remedy=remedy
+        or "train with model=clip_* or model=siglip_* to export; other models are used through `vlm-train predict`",
     )
 
 
-def not_readable(source: str, parts: Iterable[str]) -> ConfigError:
+def not_readable(source: str, parts: Iterable[str], *, allowed: str | None = None) -> ConfigError:
     """The refusal of an import: parts of a foreign architecture that our towers have no place for."""
     return ConfigError(
         f"{source} has parts that our towers do not have",
         got="; ".join(parts),
-        allowed="CLIP with a vision transformer of its own; SigLIP of fixed resolution",
+        allowed=allowed or "CLIP with a vision transformer of its own; SigLIP of fixed resolution",
         remedy="use its towers through HuggingFaceVision, TimmVision or HuggingFaceText",
     )

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_train.errors import CheckpointError
 from vlm_train.export.rules import Family, rules_for
-from vlm_train.models.dual_encoder import DualEncoder
 
 
 def export_state(
-    model: DualEncoder, *, family: Family, logit_scale: Tensor, logit_bias: Tensor | None = None
+    model: nn.Module, *, family: Family, logit_scale: Tensor | None = None, logit_bias: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The model's tensors under the names of `family`, detached copies on the CPU.
 
     Args:
         model: towers that `family` can hold.
         family: see `rules.Family`.
-        logit_scale: [1], the logarithm of the temperature's inverse.
+        logit_scale: [1], the logarithm of the temperature's inverse; a generative model has none.
         logit_bias: [1]; SigLIP always has it, open_clip's models may.
 
     Raises:
         CheckpointError: tensors without a rule, or rules without a tensor.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    state["logit_scale"] = logit_scale.detach().cpu()
-    if logit_bias is not None:
-        state["logit_bias"] = logit_bias.detach().cpu()
+    extra = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    state |= {name: tensor.detach().cpu() for name, tensor in extra.items() if tensor is not None}
     rules = rules_for(model, family, with_bias=logit_bias is not None)
     _check_names(state, {rule.ours for rule in rules}, side="our model")
     return {
@@ -38,8 +36,8 @@ def export_state(
     }
 
 
-def import_state(model: DualEncoder, state: Mapping[str, Tensor], *, family: Family) -> dict[str, Tensor]:
-    """Loads a state dict of `family` into `model`; returns `logit_scale` [1] and, where it has one, `logit_bias` [1].
+def import_state(model: nn.Module, state: Mapping[str, Tensor], *, family: Family) -> dict[str, Tensor]:
+    """Loads a state dict of `family` into `model`; returns `logit_scale` [1] and `logit_bias` [1] where it has them.
 
     Raises:
         CheckpointError: names or shapes that do not fit.

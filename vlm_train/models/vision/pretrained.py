@@ -19,11 +19,17 @@ from vlm_train.errors import ConfigError, nearest
 from vlm_train.models.layers import count_flops
 from vlm_train.models.pretrained import PretrainedTower, on_meta
 from vlm_train.models.vision.image import blank_image
+from vlm_train.models.vision.vit import Layer, check_layer
 from vlm_train.types import ImageSpec
+
+TOKEN_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Values of `model_type` of networks whose tokens a generative model may read."""
 
 
 class HuggingFaceVision(PretrainedTower):
     """Any transformers image encoder: normalised pixels [B, 3, S, S] -> [B, D].
+
+    Those of CLIP and SigLIP show their tokens, too, to a generative model: only they have `num_patches`.
 
     Args:
         path: local folder or hub name. Of a two-tower model (CLIP, SigLIP) the vision tower is taken.
@@ -52,6 +58,38 @@ class HuggingFaceVision(PretrainedTower):
         self.image_spec = spec_of_processor(processor)
         own = getattr(network, "config", config)
         self.out_dim: int = own.hidden_size if hasattr(own, "hidden_size") else own.hidden_sizes[-1]
+        self._cut_at: Layer | None = None
+        if own.model_type in TOKEN_TOWERS:
+            self.num_layers: int = own.num_hidden_layers
+            self.num_patches: int = (own.image_size // own.patch_size) ** 2
+            self.has_class_token = own.model_type == "clip_vision_model"
+
+    def tokens(self, pixels_B3SS: Tensor, layer: Layer | None = None) -> Tensor:
+        """Every token [B, P, D], CLIP's class token first.
+
+        `layer`: as of `VisionTransformer.tokens`, but that None is what transformers calls `last_hidden_state`: with
+        SigLIP's last norm, without CLIP's, which is for its pooled output. Until `drop_unread` all blocks run.
+        """
+        with self.gradients():
+            if layer is None or layer == self._cut_at:
+                return self.network(pixel_values=pixels_B3SS).last_hidden_state
+            return self.network(pixel_values=pixels_B3SS, output_hidden_states=True).hidden_states[layer]
+
+    def drop_unread(self, layer: Layer | None) -> None:
+        """As of `VisionTransformer`; pooling, which no token goes through, is taken out, too. Only `tokens` is left."""
+        network: Any = self.network
+        if self.has_class_token or layer is not None:
+            network.post_layernorm = nn.Identity()
+        if getattr(network, "head", None) is not None:
+            network.use_head, network.head = False, None
+        if layer is not None:
+            check_layer(layer, self.num_layers)
+            network.encoder.layers = network.encoder.layers[: self.num_layers + 1 + layer]
+            self._cut_at = layer
+
+    def tokens_flops(self, layer: Layer | None = None) -> float:
+        """Forward FLOPs of one image, of all that is still there: see `drop_unread`."""
+        return count_flops(self.network, blank_image(self, self.image_spec))
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
         """[B, 3, S, S] normalised -> [B, D], not L2-normalised."""

@@ -33,6 +33,10 @@ from vlm_train.models.vision.image import as_image_spec
 from vlm_train.models.vision.stem import ConvStem
 from vlm_train.types import ImageSpec
 
+Layer = int
+"""A hidden state of a tower, counted from behind as transformers does: -1 behind the last block, without the last norm,
+-2 behind the block before it. With a name of its own since the integers of a config are counts otherwise."""
+
 
 class PatchEmbedding(nn.Conv2d):
     """Non-overlapping patches, square or (height, width), through one linear map: [B, C, H, W] -> [B, P, D]."""
@@ -92,7 +96,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.image_spec = as_image_spec(image)
         self.patch_size, self.out_dim, self.pool = patch_size, width, pool
-        self.num_patches = self._count_patches()
+        self.num_patches, self.num_layers = self._count_patches(), num_layers
         mlp_dim = 4 * width if mlp_dim is None else mlp_dim
         self.patch_embed: PatchEmbedding | ConvStem = PatchEmbedding(
             patch_size=patch_size, width=width, bias=not pre_norm
@@ -103,7 +107,7 @@ class VisionTransformer(nn.Module):
         self.blocks = make_blocks(
             num_layers, width=width, num_heads=num_heads, mlp_dim=mlp_dim, activation=activation, norm_eps=norm_eps
         )
-        self.post_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.post_norm: nn.Module = nn.LayerNorm(width, eps=norm_eps)
         self.attention_pool = (
             AttentionPool(width=width, num_heads=num_heads, mlp_dim=mlp_dim, activation=activation, norm_eps=norm_eps)
             if pool == "map"
@@ -141,11 +145,28 @@ class VisionTransformer(nn.Module):
             return self.attention_pool(x_BPD)
         return x_BPD.mean(dim=1)  # under `cls` one token is left, and its mean is itself
 
-    def tokens(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None) -> Tensor:
-        """As `forward`, before any pooling: every token [B, P, D], the class token first where the tower has one."""
-        return self._run(pixels_B3SS, kept_BK, reads_all=True)
+    def tokens(self, pixels_B3SS: Tensor, kept_BK: Tensor | None = None, layer: Layer | None = None) -> Tensor:
+        """As `forward`, before any pooling: every token [B, P, D], the class token first where the tower has one.
 
-    def _run(self, pixels_B3SS: Tensor, kept_BK: Tensor | None, *, reads_all: bool) -> Tensor:
+        `layer`: None is behind all blocks and the last norm; blocks behind another are not run.
+        """
+        return self._run(pixels_B3SS, kept_BK, reads_all=True, layer=layer)
+
+    def drop_unread(self, layer: Layer | None) -> None:
+        """Takes out what `tokens` at this layer does not run, so that no parameter is left without a gradient; the
+        numbers of layers stay. Raises ConfigError where there is no such layer."""
+        if layer is None:
+            return
+        check_layer(layer, self.num_layers)
+        self.blocks, self.post_norm = self._blocks_before(layer), nn.Identity()
+
+    def _blocks_before(self, layer: Layer | None) -> nn.ModuleList:
+        num_blocks = self.num_layers + 1 + (-1 if layer is None else layer)
+        return self.blocks if num_blocks >= len(self.blocks) else self.blocks[:num_blocks]
+
+    def _run(
+        self, pixels_B3SS: Tensor, kept_BK: Tensor | None, *, reads_all: bool, layer: Layer | None = None
+    ) -> Tensor:
         x_BPD = self.patch_embed(pixels_B3SS)
         if self.class_token is not None:
             x_BPD = prepend(self.class_token, x_BPD)
@@ -155,7 +176,9 @@ class VisionTransformer(nn.Module):
             x_BPD = x_BPD.gather(1, kept_BK[:, :, None].expand(-1, -1, x_BPD.shape[-1]))
         if self.pre_norm is not None:
             x_BPD = self.pre_norm(x_BPD)
-        return self.post_norm(run_blocks(self.blocks, x_BPD, read_B=None if reads_all else first_of(x_BPD)))
+        read_B = None if reads_all else first_of(x_BPD)
+        x_BPD = run_blocks(self._blocks_before(layer), x_BPD, read_B=read_B)
+        return x_BPD if layer is not None else self.post_norm(x_BPD)
 
     def resized_position(self, position_PD: Tensor) -> Tensor:
         """The positions of a tower for another image size or patch size, at the size of this one."""
@@ -168,17 +191,33 @@ class VisionTransformer(nn.Module):
         num_tokens = self.num_tokens(num_kept)
         return flops + (self.attention_pool.forward_flops(num_tokens) if self.attention_pool is not None else 0.0)
 
-    def tokens_flops(self, num_kept: int | None = None) -> float:
+    def tokens_flops(self, num_kept: int | None = None, layer: Layer | None = None) -> float:
         """As `forward_flops`, of `tokens`."""
-        return self._flops(num_kept, reads_one=False)
+        return self._flops(num_kept, reads_one=False, layer=layer)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether `tokens` begin with one."""
+        return self.pool == "cls"
 
     def num_tokens(self, num_kept: int | None = None) -> int:
         """Length of the sequence when `num_kept` patches are read (default: all)."""
         return (self.num_patches if num_kept is None else num_kept) + (self.pool == "cls")
 
-    def _flops(self, num_kept: int | None, *, reads_one: bool) -> float:
+    def _flops(self, num_kept: int | None, *, reads_one: bool, layer: Layer | None = None) -> float:
         return self.patch_embed.forward_flops(self.image_spec.size) + blocks_flops(
-            self.blocks, self.num_tokens(num_kept), reads_one=reads_one
+            self._blocks_before(layer), self.num_tokens(num_kept), reads_one=reads_one
+        )
+
+
+def check_layer(layer: object, num_layers: int) -> None:
+    """Refuses a layer that a tower of `num_layers` blocks does not have, and its bare patches. Raises ConfigError."""
+    if not isinstance(layer, int) or not -num_layers <= layer < 0:
+        raise ConfigError(
+            "the image tower has no such layer",
+            got=f"feature_layer={layer}",
+            allowed=f"-1, behind the last block, to -{num_layers}, behind the first; null for the last norm too",
+            remedy="set model.feature_layer",
         )
 
 
