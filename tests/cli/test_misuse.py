@@ -31,6 +31,8 @@ data make scenes a b|data import openmoji a b|data index a --foo|data index a --
 data verify a --mode --json x|data verify a --mode fast --mode full|data verify a --mode quick|data verify a --json
 data verify a --mode sample --share nan|data verify a --mode sample --share 0|data verify a --mode sample --share -1
 data verify a --mode sample --share 7|data verify a --share 0.5|data verify a --mode full --share 0.5
+data verify a --run x|data verify a --run full --mode fast|data verify a --run|data import llava file a
+data import llava file a --images file|data import llava file full --images full|data import llava full a --images full
 data walk a|data walk a --out b|data walk a --run full --out b|data walk a --run x --out full|data walk a --by x
 data walk a --out b --run x --num-workers -1|data walk a --out b --run x --foo 1
 data verify a --json nowhere/x|data verify a --json .|data stats a --out nowhere/x|data stats a --out .
@@ -56,6 +58,7 @@ train =5|train seed=[
 PLACES = """
 URL|data URL|data import URL|data make URL|data import folder URL OUT|data import folder full URL
 data import coco URL URL OUT|data import coco file full URL|data import coco file full OUT --split=URL --x
+data import llava URL OUT --images full|data import llava file OUT --images URL|data verify file --run URL
 data import openmoji URL|data import openmoji OUT --size URL|data make scenes URL|data make scenes OUT --size URL
 data make scenes OUT --val-fraction=URL|data verify file --mode URL|data verify file --share URL
 data verify file --json URL|data verify file --selection URL|data verify file --URL|data stats file --out URL

@@ -22,8 +22,8 @@ def source_of(directory: Path, samples: list[dict[str, bytes]], max_samples: int
     return ShardSource(shards=str(directory))
 
 
-def captions_of(source: ShardSource, max_samples: int = 100) -> CaptionStream:
-    return CaptionStream(lambda: every_sample(source, max_samples))
+def captions_of(source: ShardSource, max_samples: int = 100, **options: bool) -> CaptionStream:
+    return CaptionStream(lambda: every_sample(source, max_samples), **options)
 
 
 def test_captions_of_text_and_json_in_order(tmp_path):
@@ -68,3 +68,31 @@ def test_a_shard_that_is_gone_costs_its_captions_and_is_counted(tmp_path):
     stream = captions_of(source)
     assert list(stream) == ["caption 0", "caption 1", "caption 2"]
     assert stream.skipped == {"shard_unreadable": 2}
+
+
+def test_what_is_said_in_dialogues_comes_behind_the_captions_if_asked_for(tmp_path):
+    ours = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhat is it?"},
+            {"role": "assistant", "content": "A <image> star."}]  # fmt: skip
+    llava = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    samples = [
+        {"txt": b"one", "json": json.dumps({"conversations": ours}).encode()},
+        {"txt": b"two"},
+        {"json": json.dumps({"captions": ["three", "drei"], "conversations": llava}).encode()},
+    ]
+    source = source_of(tmp_path, samples)
+    assert list(captions_of(source)) == ["one", "two", "three", "drei"]
+    stream = captions_of(source, with_dialogues=True)
+    # no marker of an image is a word
+    said = ["one", "system Be brief.", "user  \nWhat is it?", "assistant A   star.", "two", "three", "drei"]
+    assert list(stream) == [*said, "user Sure?", "assistant Yes."]
+    assert stream.num_captions == 9 and not stream.skipped
+
+
+def test_a_sample_whose_dialogue_cannot_be_read_is_skipped_only_where_dialogues_are_read():
+    asked = {"role": "user", "content": "What?"}
+    bad = [{"conversations": turns} for turns in ([], [asked, asked], [{"role": "user", "content": 5}], "text")]
+    samples = [RawSample(b"", "k", "s", {"txt": b"good", "json": json.dumps(row).encode()}) for row in bad]
+    assert list(CaptionStream(lambda: samples)) == ["good"] * 4
+    stream = CaptionStream(lambda: samples, with_dialogues=True)
+    assert list(stream) == []
+    assert stream.skipped == {"dialogue_roles": 3, "dialogue_text": 1}

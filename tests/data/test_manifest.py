@@ -263,7 +263,7 @@ def test_root_json_says_what_it_must(tmp_path):
     manifest = open_manifest(str(tmp_path))
     root = json.loads((tmp_path / FOLDER / "root.json").read_text())
     entry, stat = root["shards"]["00000.tar"], (tmp_path / "00000.tar").stat()
-    assert root["version"] == 4 and manifest.parts[0].name == "00000.tar.parquet"
+    assert root["version"] == 5 and manifest.parts[0].name == "00000.tar.parquet"
     assert (entry["size"], entry["version"], entry["num_samples"]) == (stat.st_size, str(stat.st_mtime_ns), 2)
     part = manifest.parts[0].read_bytes()
     assert entry["files"] == {"parquet": {"size": len(part), "sha256": hashlib.sha256(part).hexdigest()}}

@@ -108,10 +108,10 @@ def test_nor_is_what_it_says_of_files_believed(whole, fact, value):
     assert everything(folder)[0] == manifest.fingerprint
 
 
-ROOTS = [b"", b"{", b"[" * 100_000, b"{}", b"null", b"[]", b'{"version": 4}', b'{"version": 4, "shards": []}', b"\xff"]
+ROOTS = [b"", b"{", b"[" * 100_000, b"{}", b"null", b"[]", b'{"version": 5}', b'{"version": 5, "shards": []}', b"\xff"]
 
 
-@pytest.mark.parametrize("content", [*ROOTS, b'{"version": 4, "shards": {"a.tar": {}, "b": 1}}'], ids=range(10))
+@pytest.mark.parametrize("content", [*ROOTS, b'{"version": 5, "shards": {"a.tar": {}, "b": 1}}'], ids=range(10))
 def test_a_root_that_cannot_be_read_is_made_again(whole, said, content):
     folder, manifest = whole
     (folder / FOLDER / "root.json").write_bytes(content)

@@ -158,6 +158,39 @@ def test_a_small_corpus_reaches_a_smaller_vocabulary():
     assert int(tokenizer(["red 🙂"])[0].max()) < tokenizer.spec.vocab_size
 
 
+MARKS = ["<|im_start|>", "<|im_end|>"]
+
+
+def test_tokens_of_a_chat_template_stand_before_the_last_three_and_no_text_spells_them(ours, tmp_path):
+    tokenizer = BytePairTokenizer.train(CAPTIONS, vocab_size=400, context_length=LENGTH, special_tokens=MARKS)
+    spec = tokenizer.spec
+    marks = [tokenizer.inner.token_to_id(mark) for mark in MARKS]
+    assert [*marks, spec.pad_id, spec.bos_id, spec.eos_id] == list(range(spec.vocab_size - 5, spec.vocab_size))
+    assert spec.vocab_size <= 400 and spec.vocab_size - ours.spec.vocab_size in (0, 2)
+    tokenizer.save(str(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids(MARKS) == marks
+    for again in (tokenizer, load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.spec == spec
+        for text in [*MARKS, f"{MARKS[0]}user red{MARKS[1]}", *CAPTIONS[:4], *HARD]:
+            row = again([text])[0][0].tolist()
+            assert not set(marks) & set(row)
+            assert row == theirs([text], padding="max_length", truncation=True)["input_ids"][0]
+    ids = tokenizer(["red star"])[0][0].tolist()
+    assert tokenizer.decode([marks[0], *ids[1:3], marks[1], spec.eos_id]) == tokenizer.decode(ids[1:3])
+    honest = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())  # the twin: where a text may spell them, it does
+    honest.encode_special_tokens = False
+    assert set(marks) <= set(honest.encode("".join(MARKS)).ids)
+
+
+def test_tokens_of_a_chat_template_take_room_in_the_vocabulary():
+    with pytest.raises(ConfigError, match="too small") as caught:
+        BytePairTokenizer.train(CAPTIONS, vocab_size=260, special_tokens=MARKS)
+    assert caught.value.allowed == "at least 261"
+    assert BytePairTokenizer.train(CAPTIONS, vocab_size=261, special_tokens=MARKS).spec.vocab_size == 261
+    assert BytePairTokenizer.train(CAPTIONS, vocab_size=260).spec.vocab_size == 260
+
+
 def test_load_tokenizer_gives_back_what_was_saved(ours, saved, minilm, tmp_path):
     again = load_tokenizer(str(saved))
     assert again.spec == ours.spec

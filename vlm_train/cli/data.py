@@ -13,6 +13,7 @@ from vlm_train.cli.options import (
     choice,
     count,
     local,
+    needed,
     out_folder,
     plain,
     several,
@@ -32,6 +33,8 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            COCO captions JSON, or Karpathy's dataset_coco.json and dataset_flickr30k.json
        vlm-train data import aro QUESTIONS IMAGES OUT
            ARO's visual_genome_relation.json or visual_genome_attribution.json, for evaluation=composition
+       vlm-train data import llava JSON OUT --images FOLDER [--val-fraction 0.01]
+           dialogues about images, or about none, as LLaVA has them: [{id, image, conversations}]
        vlm-train data make scenes OUT [--num-samples 10000] [--seed 0] [--size 64] [--val-fraction 0.1]
                                         [--num-objects 1-5] [--num-shapes 9] [--num-colors 10] [--hold-out TYPE]
                                         [--modalities depth,audio,motion]
@@ -40,7 +43,9 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data index SHARDS ...
            the manifest of shards (made on first use anyway)
        vlm-train data verify SHARDS ... [--mode fast|full|sample] [--share 0.01] [--selection DIR] [--json FILE]
-           what is wrong with them, and where; exit code 1 if anything is
+                                          [--run RUN]
+           what is wrong with them, and where; exit code 1 if anything is; with a run also its dialogues, as it reads
+           them
        vlm-train data stats SHARDS ... [--out stats.html]
            sizes, captions, formats, repeats, error rate; a page with pictures
        vlm-train data select SHARDS ... --where "width >= 256 AND height >= 256" --out DIR [--weight EXPRESSION]
@@ -83,6 +88,7 @@ def _import(words: list[str]) -> None:
         "folder": _import_folder,
         "coco": _import_coco,
         "aro": _import_aro,
+        "llava": _import_llava,
     }
     _choose(importers, words, "vlm-train data import")(words[1:])
 
@@ -116,6 +122,15 @@ def _import_aro(words: list[str]) -> None:
     places = {"QUESTIONS": local, "IMAGES": local, "OUT": out_folder}
     (questions, images, out), _ = arguments(words, places, {})
     _tell(import_aro(questions, images, out, progress=Ticker("questions")))
+
+
+def _import_llava(words: list[str]) -> None:
+    from vlm_train.data.llava import import_llava
+
+    known = {"--images": Option(local), "--val-fraction": Option(share(zero=True, one=True), 0.0)}
+    (dialogues, out), options = arguments(words, {"JSON": local, "OUT": out_folder}, known)
+    images, part = needed(options, "--images", "FOLDER"), options["--val-fraction"]
+    _tell(import_llava(dialogues, images, out, val_fraction=part, progress=Ticker("dialogues")))
 
 
 def _make(words: list[str]) -> None:

@@ -27,7 +27,8 @@ from vlm_train.errors import ConfigError
 from vlm_train.locations import in_texts, is_remote, scrubbed
 
 if TYPE_CHECKING:
-    from vlm_train.data.verify import Verdict
+    from vlm_train.data.dialogue import DialogueEncoder
+    from vlm_train.data.verify import Mode, Verdict
 
 _SHOWN = 20
 _SHARE, _MAX_SAMPLES = 0.01, 10_000
@@ -47,20 +48,31 @@ def _verify(words: list[str]) -> int:
     from vlm_train.data.verify import verify
 
     known = {
-        "--mode": Option(choice("fast", "full", "sample"), "fast"),
+        "--mode": Option(choice("fast", "full", "sample")),
         "--share": Option(share(zero=False, one=True)),
+        "--run": Option(plain),
         "--selection": Option(local),
         "--json": Option(out_file),
     }
     shards, options = arguments(words, _SHARDS, known, many=True)
-    mode, part, out = options["--mode"], options["--share"], options["--json"]
+    part, out, run = options["--share"], options["--json"], options["--run"]
+    mode: Mode = options["--mode"] or ("fast" if run is None else "full")
+    if run is not None and mode == "fast":
+        raise ConfigError("dialogues are read where samples are", got="--mode fast --run", allowed="full, sample",
+                          remedy="--mode full, or leave out --mode")  # fmt: skip
     if part is not None and mode != "sample":
         raise ConfigError("--share is for --mode sample", got=f"--mode {mode} --share {part}", allowed="--mode sample",
                           remedy="add --mode sample, or leave out --share")  # fmt: skip
     if out is not None:
         _apart_from(shards, "--json", out)
+    encoder = None if run is None else _dialogues_of(run)
     verdict = verify(
-        shards, mode=mode, selection=options["--selection"], share=part or _SHARE, progress=Ticker("samples")
+        shards,
+        mode=mode,
+        selection=options["--selection"],
+        share=part or _SHARE,
+        progress=Ticker("samples"),
+        dialogue=None if encoder is None else encoder.read,
     )
     if mode == "sample" and verdict.num_samples and not verdict.num_checked:
         raise ConfigError("not one sample was drawn", got=f"--share {part or _SHARE} of {verdict.num_samples} samples",
@@ -68,7 +80,25 @@ def _verify(words: list[str]) -> int:
     if out is not None:
         out.write_text(json.dumps(in_texts(scrubbed, verdict.as_dict()), indent=1) + "\n")
     _tell(verdict)
+    if encoder is not None:
+        _tell_dialogues(verdict, encoder)
     return 1 if verdict.problems else 0
+
+
+def _dialogues_of(path: str) -> DialogueEncoder:
+    """How a run reads dialogues; it need not have trained yet. Raises ConfigError where its model does not."""
+    from vlm_train import build
+    from vlm_train.cli.trained import open_run
+    from vlm_train.data.tokenizer import load_tokenizer
+    from vlm_train.schema import read_config
+
+    run = open_run(path, key="--run")
+    parts = build.network(read_config(run.path), load_tokenizer(str(run.tokenizer)), with_values=False)
+    if not hasattr(parts.model, "dialogue"):
+        raise ConfigError(f"{type(parts.model).__name__} reads no dialogues", got=f"--run {path}",
+                          allowed="a run of a generative model, such as experiment=llava_tiny",
+                          remedy="leave out --run")  # fmt: skip
+    return build.dialogues(parts)
 
 
 def _tell(verdict: Verdict) -> None:
@@ -84,6 +114,20 @@ def _tell(verdict: Verdict) -> None:
         print(f"  {problem.shard} {problem.key}: {problem.reason}{detail}")
     if len(verdict.problems) > _SHOWN:
         print(f"  and {len(verdict.problems) - _SHOWN} more; --json FILE lists all")
+
+
+def _tell_dialogues(verdict: Verdict, encoder: DialogueEncoder) -> None:
+    spec, found = encoder.spec, verdict.dialogues
+    print(
+        f"dialogues by the template {encoder.template}, in {spec.context_length} tokens, {spec.num_image_tokens} to an "
+        f"image, at most {spec.max_images} of these:"
+    )
+    if found is None:
+        print("  none that can be learned")
+        return
+    least, median, most = found.tokens
+    print(f"  {found.num} can be learned; tokens: {least} to {most}, median {median:g}")
+    print(f"  {100 * found.label_share:.1f} % of what is read is to be told, {100 * found.cut_share:.1f} % are cut")
 
 
 def _stats(words: list[str]) -> None:

@@ -228,6 +228,11 @@ def turns_of(metadata: Mapping[str, Any], caption: str) -> list[Turn]:
     return turns
 
 
+def num_images(turns: Sequence[Turn]) -> int:
+    """How many images a dialogue speaks of."""
+    return sum(turn.content.count(IMAGE) for turn in turns if turn.role == "user")
+
+
 def _turn(entry: Any) -> Turn:
     if not isinstance(entry, dict):
         raise SampleError("dialogue_roles", got=str(entry)[:80], allowed="a turn {role, content} or {from, value}")

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
-from vlm_train.data.decode import SampleError
-from vlm_train.data.dialogue import DialogueEncoder, Encoded, check_images, dialogue_fields, turns_of
+from vlm_train.data.decode import EncodedImage, SampleError
+from vlm_train.data.dialogue import DialogueEncoder, Encoded, dialogue_fields
 from vlm_train.data.modalities import reading
-from vlm_train.data.transforms import Plan, Transform, keyed_draw, keyed_generator, render
+from vlm_train.data.transforms import Plan, Transform, Uniforms, keyed_draw, keyed_generator, render
 from vlm_train.imaging import recolour
 from vlm_train.types import MODALITIES, Batch, ModalitySpec, RawSample, Tokenizer
 
@@ -36,12 +36,14 @@ class SampleEncoder:
         transform: how an image becomes a square of S pixels.
         tokenizer: how a caption becomes ids.
         colours_later: leave colour jitter and grey to the trainer, where a GPU does them: batches of a transform that
-            has them get `finish`, the factors for `imaging.recolour`, and pixels without them.
+            has them get `finish`, the factors for `imaging.recolour`, and pixels without them. Of samples that may have
+            several images they are done here all the same.
         hard_captions: how many captions that are almost right a sample brings, drawn from `negatives` of KEY.json;
             batches get the `hard_` fields.
         contents: batches get `contents`, by which equal images and equal captions are known.
         modalities: what a sample brings beside image and text; batches get a field for each, and `there`.
-        dialogues: for a model that answers: batches get the `dialogue_` fields and `num_images`.
+        dialogues: for a model that answers: batches get the `dialogue_` fields and `num_images`, and I = `max_images`
+            places for the images of a sample, of which it may have none. Without it a sample's first image is read.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class SampleEncoder:
         modalities: Sequence[ModalitySpec] = (),
         dialogues: DialogueEncoder | None = None,
     ) -> None:
-        self.transform, self.tokenizer, self.colours_later = transform, tokenizer, colours_later
-        self.dialogues = dialogues
+        self.transform, self.tokenizer, self.dialogues = transform, tokenizer, dialogues
+        self.num_places = 1 if dialogues is None else dialogues.spec.max_images
+        self.colours_later = colours_later
         self.hard_captions, self.contents, self.modalities = hard_captions, contents, tuple(modalities)
 
     def draft(self, num_rows: int) -> Draft:
@@ -76,14 +79,16 @@ class SampleEncoder:
 class Draft:
     """A batch in the making: `put` fills rows in any order, `batch` closes it.
 
-    A row that was never filled stays blank: black, no text, uid 0.
+    A row that was never filled stays blank: black, no text, uid 0. So are the places of images that a row has not.
     """
 
     def __init__(self, encoder: SampleEncoder, num_rows: int) -> None:
         self._encoder = encoder
-        self._images = _room((num_rows, encoder.transform.size, encoder.transform.size, 3))
+        size, num_places = encoder.transform.size, encoder.num_places
+        self._images = _room((num_rows, num_places, size, size, 3))
         self._pixels = self._images.numpy()
         self._factors = torch.ones(num_rows, 3)
+        self._recolours_later = encoder.colours_later and num_places == 1
         self._uids = [bytes(16)] * num_rows
         self._keys = [""] * num_rows
         self._captions: list[list[str]] = [[] for _ in range(num_rows)]
@@ -112,16 +117,17 @@ class Draft:
         if visit is not None and len(captions) > 1:
             chosen = int(keyed_generator(seed, visit, raw.uid, "caption").random() * len(captions))
         hard = self._hard_captions(raw, metadata, seed, visit or 0)
-        dialogue = self._dialogue(raw, metadata, captions[chosen])
-        plan = self._render(row, raw, seed, visit or 0)
+        dialogues = self._encoder.dialogues
+        dialogue = None if dialogues is None else dialogues.read(raw.parts, metadata, captions[chosen])
+        plan = self._put_images(row, raw, seed, visit or 0)
         self._put_modalities(row, raw, metadata, plan)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
         self._hard[row], self._dialogues[row] = hard, dialogue
         self._draws[row] = keyed_draw(seed, visit or 0, raw.uid)
         if self._encoder.contents:
-            pair = decode.first_image(raw.parts), captions[chosen].encode()
-            self._contents[row] = torch.tensor([_content(part) for part in pair])
+            image = next((raw.parts[name] for name in decode.image_parts(raw.parts)), None)
+            self._contents[row] = torch.tensor([_content(image), _content(captions[chosen].encode())])
         self._blank.discard(row)
 
     def _hard_captions(self, raw: RawSample, metadata: dict[str, Any], seed: int, visit: int) -> list[str]:
@@ -136,34 +142,42 @@ class Draft:
         places = np.argsort([uniforms.random() for _ in texts], kind="stable")
         return [texts[place] for place in places[:num]]
 
-    def _dialogue(self, raw: RawSample, metadata: dict[str, Any], caption: str) -> Encoded | None:
-        encoder = self._encoder.dialogues
-        if encoder is None:
-            return None
-        encoded = encoder.encode(turns_of({} if encoder.template == "plain" else metadata, caption))
-        check_images(encoded, len(decode.image_parts(raw.parts)))
-        return encoded
-
-    def _put_modalities(self, row: int, raw: RawSample, metadata: dict[str, Any], plan: Plan) -> None:
-        values = {spec.name: reading.read(spec, raw.parts, metadata, plan) for spec in self._encoder.modalities}
+    def _put_modalities(self, row: int, raw: RawSample, metadata: dict[str, Any], plan: Plan | None) -> None:
+        """What there is beside the image; nothing where there is no image that it goes with."""
+        values = {
+            spec.name: None if plan is None else reading.read(spec, raw.parts, metadata, plan)
+            for spec in self._encoder.modalities
+        }
         for name, value in values.items():
             self._there[row, MODALITIES.index(name)] = value is not None
             self._modalities[name][row] = 0 if value is None else torch.from_numpy(value)
 
-    def _render(self, row: int, raw: RawSample, seed: int, visit: int) -> Plan:
-        image = decode.open_image(decode.first_image(raw.parts))
-        uniforms = keyed_generator(seed, visit, raw.uid, "image")
+    def _put_images(self, row: int, raw: RawSample, seed: int, visit: int) -> Plan | None:
+        """The images of a sample, each by draws of its own; returns the plan of the first one, None without any."""
+        if self._encoder.dialogues is None:
+            images = [decode.first_image(raw.parts)]
+        else:
+            images = [raw.parts[name] for name in decode.image_parts(raw.parts)]
+        plans = []
+        for place, data in enumerate(images):
+            uniforms = keyed_generator(seed, visit, raw.uid, f"image {place}" if place else "image")
+            plans.append(self._render(row, place, decode.open_image(data), uniforms))
+        self._pixels[row, len(images) :] = 0
+        return plans[0] if plans else None
+
+    def _render(self, row: int, place: int, image: EncodedImage, uniforms: Uniforms) -> Plan:
         plan = self._encoder.transform.plan(image.width, image.height, uniforms)
         min_width, min_height = plan.min_decoded
         pixels = image.decode(min_width=min_width, min_height=min_height, fast=not plan.exact)
-        render(pixels, plan, self._pixels[row])
+        render(pixels, plan, self._pixels[row, place])
         if plan.colours is None:
             return plan
-        self._factors[row] = torch.tensor(plan.colours)
-        if not self._encoder.colours_later:
-            mine = slice(row, row + 1)
-            view = self._images[mine].permute(0, 3, 1, 2)
-            view.copy_(recolour(view, self._factors[mine]))
+        factors = torch.tensor(plan.colours)
+        if self._recolours_later:
+            self._factors[row] = factors
+        else:
+            view = self._images[row, place][None].permute(0, 3, 1, 2)
+            view.copy_(recolour(view, factors[None]))
         return plan
 
     def batch(self, *, weights: Sequence[float], evaluation: bool = False) -> Batch:
@@ -171,9 +185,10 @@ class Draft:
         for row in self._blank:
             self._pixels[row] = 0
         (text_ids, text_mask), hard = self._texts()
+        images = self._images.permute(0, 1, 4, 2, 3)
         labels = [decode.decode_label(metadata) for metadata in self._metadata]
         batch = Batch(
-            images=self._images.permute(0, 3, 1, 2),
+            images=images[:, 0] if self._encoder.num_places == 1 else images,
             text_ids=text_ids,
             text_mask=text_mask,
             weights=torch.tensor(weights, dtype=torch.float32),
@@ -190,7 +205,7 @@ class Draft:
             batch.update(Batch(**self._modalities, there=self._there))  # type: ignore[typeddict-item]
         if self._encoder.contents:
             batch["contents"] = self._contents
-        if self._encoder.transform.recolours and self._encoder.colours_later:
+        if self._encoder.transform.recolours and self._recolours_later:
             batch["finish"] = self._factors
         if evaluation:
             batch["all_captions"], batch["metadata"] = self._captions, self._metadata
@@ -212,9 +227,9 @@ class Draft:
         return (ids[:num], mask[:num]), fields
 
 
-def _content(part: bytes) -> int:
-    """63 bits that tell a content; never negative, since a negative id agrees with nothing."""
-    return int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "little") >> 1
+def _content(part: bytes | None) -> int:
+    """63 bits that tell a content. Negative for none alone, since a negative id agrees with nothing."""
+    return -1 if part is None else int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "little") >> 1
 
 
 def _room(shape: tuple[int, ...]) -> Tensor:

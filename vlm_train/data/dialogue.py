@@ -7,31 +7,45 @@ border. Labels are shifted already: `labels[t]` is the token to be told behind p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlm_train.data.chat import IMAGE, TEMPLATES, ChatTemplate, Image, Segment, Template, Token, Turn, render
+from vlm_train.data.chat import (
+    IMAGE,
+    TEMPLATES,
+    ChatTemplate,
+    Image,
+    Segment,
+    Template,
+    Token,
+    Turn,
+    num_images,
+    render,
+)
 from vlm_train.data.chat import turns_of as turns_of
 from vlm_train.data.chat_own import OwnTemplate
-from vlm_train.data.decode import SampleError
+from vlm_train.data.decode import SampleError, first_image, image_parts
 from vlm_train.data.pieces import END_MARK, IMAGE_MARK, Pieces, inner_of, unmarked
 from vlm_train.errors import ConfigError, nearest
 from vlm_train.types import IMAGE_ID, NO_LABEL, Batch, DialogueSpec, Tokenizer
 
-OWN = "own"
+OWN, PLAIN = "own", "plain"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A dialogue of T tokens. `ids` and `labels`: int64 [T], as in `types.Batch`. `num_images`: runs of IMAGE_ID."""
+    """A dialogue of T tokens. `ids` and `labels`: int64 [T], as in `types.Batch`. `num_images`: runs of IMAGE_ID.
+    `num_cut`: further tokens that the context did not hold."""
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     num_images: int
+    num_cut: int = 0
 
 
 class DialogueEncoder:
@@ -71,6 +85,21 @@ class DialogueEncoder:
         begins = tokenizer.spec.bos_id is not None and template != OWN
         self._begin = [tokenizer.spec.bos_id] if begins else []
 
+    def read(self, parts: Mapping[str, bytes], metadata: Mapping[str, Any], caption: str) -> Encoded:
+        """The dialogue of a sample of `parts`, to learn; with the template plain its image and `caption`. Nothing is
+        decoded.
+
+        Raises:
+            SampleError: as `turns_of` and `encode`; no_image when it speaks of images and the sample has none;
+                dialogue_image_count when the sample has another number of them.
+        """
+        turns = turns_of({} if self.template == PLAIN else metadata, caption)
+        if num_images(turns):
+            first_image(parts)
+        encoded = self.encode(turns)
+        check_images(encoded, len(image_parts(parts)))
+        return encoded
+
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """A dialogue to learn.
 
@@ -83,11 +112,11 @@ class DialogueEncoder:
         if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
             raise SampleError("dialogue_no_label", got="no answer with text")
         ids, is_learned = self._tokens(turns, answers=True)
-        length = self.spec.context_length
-        if len(ids) > length:
+        length, num_tokens = self.spec.context_length, len(ids)
+        if num_tokens > length:
             if (ids[length:] == IMAGE_ID).any():
                 raise SampleError(
-                    "dialogue_image_cut", got=f"{len(ids)} tokens", allowed=f"images in the first {length}"
+                    "dialogue_image_cut", got=f"{num_tokens} tokens", allowed=f"images in the first {length}"
                 )
             needed = np.flatnonzero(is_learned[:length] | (ids[:length] == IMAGE_ID))
             length = int(needed[-1]) + 1 if len(needed) else 0
@@ -96,7 +125,7 @@ class DialogueEncoder:
         labels[:-1] = np.where(is_learned[1:], ids[1:], NO_LABEL)
         if (labels == NO_LABEL).all():
             raise SampleError("dialogue_no_label", got=f"no answer in the first {self.spec.context_length} tokens")
-        return Encoded(ids=ids, labels=labels, num_images=_num_images(turns))
+        return Encoded(ids=ids, labels=labels, num_images=num_images(turns), num_cut=num_tokens - len(ids))
 
     def prompt(self, turns: Sequence[Turn]) -> NDArray[np.int64]:
         """ids int64 [T] of a dialogue that ends where the assistant is to answer its last question.
@@ -121,8 +150,10 @@ class DialogueEncoder:
         """ids [T] and which of them are learned [T], uncut."""
         if self.system is not None and turns and turns[0].role != "system":
             turns = [Turn("system", self.system), *turns]
-        if _num_images(turns) > self.spec.max_images:
-            raise SampleError("dialogue_many_images", got=_num_images(turns), allowed=f"{self.spec.max_images}")
+        if num_images(turns) > self.spec.max_images:
+            raise SampleError(
+                "dialogue_many_images", got=f"{num_images(turns)} images", allowed=f"{self.spec.max_images}"
+            )
         segments = render(turns, self._template, answers=answers)
         texts = [self._written(segment) for segment in segments]
         is_learned = [not isinstance(segment, Image) and segment.is_learned for segment in segments]
@@ -174,7 +205,3 @@ def dialogue_fields(encoded: Sequence[Encoded | None], multiple: int = 8) -> Bat
         dialogue_lengths=torch.tensor(lengths, dtype=torch.int64),
         num_images=torch.tensor([row.num_images for row in rows], dtype=torch.int64),
     )
-
-
-def _num_images(turns: Sequence[Turn]) -> int:
-    return sum(turn.content.count(IMAGE) for turn in turns if turn.role == "user")

@@ -25,7 +25,7 @@ from vlm_train.data.files import Stat
 from vlm_train.data.formats.base import ENTRY
 from vlm_train.locations import identity, is_remote, name_of
 
-VERSION = 4
+VERSION = 5
 ROOT = "root.json"
 INDEX = "index.bin"
 

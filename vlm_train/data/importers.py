@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_train.data.decode import first_image
+from vlm_train.data.decode import first_image, image_parts
 from vlm_train.data.local import regular
 from vlm_train.data.records import Errors, Record, caption_problem, failure, is_name, read_record, records_of
 from vlm_train.data.writer import DatasetWriter, Progress, Summary
@@ -29,6 +29,9 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 Kinds = Mapping[str, tuple[type, ...]]
 """Types that the value of a name may have; that of one which is not there is None."""
+
+Read = Callable[[Record, Path], "dict[str, bytes] | str"]
+"""(record, image folder) -> the parts of a sample, or the reason why there is none."""
 
 _TEXT, _ID = (str,), (int, str)
 _MAYBE_TEXT, _MAYBE_ID = (str, type(None)), (int, str, type(None))
@@ -119,7 +122,7 @@ def import_coco(
 def require(path: Path, what: str, is_there: Callable[[Path], bool]) -> None:
     """Raises DataError where `what` is not there."""
     if not is_there(path):
-        raise DataError(f"no such {what}", got=str(path), remedy="check the path")
+        raise DataError(f"no such {what}", got=str(path), allowed="one that is there", remedy="check the path")
 
 
 def _from_coco(document: Mapping[str, Any], split: str, errors: Errors) -> list[Record]:
@@ -209,15 +212,17 @@ def write_records(
     parameters: Mapping[str, Any],
     max_samples: int,
     progress: Progress | None,
+    read: Read = read_record,
 ) -> Summary:
-    """Writes the dataset. Raises DataError when not one record can be imported."""
+    """Writes the dataset, with the parts that `read` makes of a record. Raises DataError when not one record can be
+    imported."""
     inputs = _fingerprint(records, errors, folder)
     with DatasetWriter(out, parameters={**parameters, "inputs": inputs}, max_samples=max_samples) as writer:
         if writer.finished is not None:
             return writer.finished
         num_written = 0
         for number, record in enumerate(records):
-            parts = read_record(record, folder)
+            parts = read(record, folder)
             if isinstance(parts, str):
                 errors.append(failure(record.file, parts))
             else:
@@ -239,8 +244,10 @@ def write_records(
 
 
 def _held_out(parts: Mapping[str, bytes], parameters: Mapping[str, Any]) -> bool:
+    """By the hash of the first image, or of KEY.json where there is none."""
     fraction = parameters.get("val_fraction", 0.0)
-    return int.from_bytes(hashlib.sha256(first_image(parts)).digest()[:8], "big") < fraction * 2**64
+    content = first_image(parts) if image_parts(parts) else parts["json"]
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < fraction * 2**64
 
 
 def _fingerprint(records: Iterable[Record], errors: Errors, folder: Path) -> str:
@@ -248,7 +255,8 @@ def _fingerprint(records: Iterable[Record], errors: Errors, folder: Path) -> str
     digest = hashlib.sha256()
     for record in records:
         size = _size(folder / record.file)
-        digest.update(json.dumps([record.file, size, record.split, record.captions, record.fields]).encode())
+        more = [[name, _size(folder / name)] for name in record.more]
+        digest.update(json.dumps([record.file, size, record.split, record.captions, record.fields, *more]).encode())
     digest.update(json.dumps(errors).encode())
     return digest.hexdigest()
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,6 +41,11 @@ class Record:
     split: str = "train"
     fields: dict[str, Any] = field(default_factory=dict)
     box: tuple[int, int, int, int] | None = None
+
+    @property
+    def more(self) -> Sequence[str]:
+        """Paths of further images, which some kinds of record have."""
+        return ()
 
 
 Errors = list[dict[str, str]]
@@ -125,14 +131,10 @@ def read_record(record: Record, folder: Path) -> dict[str, bytes] | str:
     captions = [caption.strip() for caption in record.captions if caption.strip()]
     if not captions:
         return "no_caption"
-    if Path(record.file).is_absolute() or ".." in Path(record.file).parts:
-        return "outside_folder"
-    content = _content(folder / record.file, absent="no_image")
-    if isinstance(content, str):
-        return content
-    suffix = image_suffix(content)
-    if suffix is None:
-        return "image_unknown"
+    image = read_image(record.file, folder)
+    if isinstance(image, str):
+        return image
+    suffix, content = image
     if record.box is not None:
         cut = _cut(content, record.box)
         if isinstance(cut, str):
@@ -140,6 +142,17 @@ def read_record(record: Record, folder: Path) -> dict[str, bytes] | str:
         suffix, content = "png", cut
     metadata = {"captions": captions, **record.fields, "file": printable(record.file)}
     return {suffix: content, "txt": captions[0].encode(), "json": to_json(metadata)}
+
+
+def read_image(file: str, folder: Path) -> tuple[str, bytes] | str:
+    """(suffix, bytes as they are) of an image below a folder, or the reason why they cannot be had."""
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        return "outside_folder"
+    content = _content(folder / file, absent="no_image")
+    if isinstance(content, str):
+        return content
+    suffix = image_suffix(content)
+    return "image_unknown" if suffix is None else (suffix, content)
 
 
 def _content(path: Path, *, absent: str) -> bytes | str:

@@ -60,7 +60,8 @@ class Distribution:
 
 @dataclass(slots=True)
 class Example:
-    """One sample to look at. `pixels` uint8 [H, W, 3], None where it does not decode; `reason` says why."""
+    """One sample to look at. `pixels` uint8 [H, W, 3], None where there is none; `reason` says why it does not decode,
+    and is empty for a sample of texts alone."""
 
     shard: str
     key: str
@@ -128,7 +129,7 @@ def statistics(shards: str | Sequence[str], *, num_examples: int = 60, side: int
     for row, sample in zip(rows.tolist(), source.read(rows), strict=True):
         found.examples.append(_example(source, row, sample, side))
     found.num_read = len(found.examples)
-    found.num_unreadable = sum(example.pixels is None for example in found.examples)
+    found.num_unreadable = sum(bool(example.reason) for example in found.examples)
     return found
 
 
@@ -148,11 +149,13 @@ def _num_distinct(*columns: NDArray[np.uint64]) -> int:
 
 
 def _distributions(columns: dict[str, NDArray[Any]]) -> Iterator[Distribution]:
-    width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
-    yield Distribution.of("shorter side", "pixels", np.minimum(width, height))
-    yield Distribution.of("longer side", "pixels", np.maximum(width, height))
-    yield Distribution.of("width / height", "", width / height)
-    yield Distribution.of("megapixels", "", width * height / 1e6)
+    has_image = columns["width"] > 0
+    width, height = (columns[name][has_image].astype(np.float64) for name in ("width", "height"))
+    if has_image.any():
+        yield Distribution.of("shorter side", "pixels", np.minimum(width, height))
+        yield Distribution.of("longer side", "pixels", np.maximum(width, height))
+        yield Distribution.of("width / height", "", width / height)
+        yield Distribution.of("megapixels", "", width * height / 1e6)
     yield Distribution.of("caption", "characters", columns["caption_chars"].astype(np.float64))
     yield Distribution.of("sample", "bytes", columns["length"].astype(np.float64))
 
@@ -178,6 +181,8 @@ def _example(source: ShardSource, row: int, sample: RawSample | SampleError, sid
         if isinstance(sample, SampleError):
             raise sample
         caption = decode.decode_captions(sample.parts, decode.decode_metadata(sample.parts))[0]
+        if not decode.image_parts(sample.parts):
+            return Example(sample.shard, sample.key, caption)
         image = decode.open_image(decode.first_image(sample.parts))
         scale = min(1.0, side / max(image.width, image.height))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -3,18 +3,19 @@
 `fast` looks at what costs no reading of samples: is each file there, of the size and version that were indexed, are the
 parts and the index what the manifest says. `full` reads and decodes every sample. `sample` does so for a share of them,
 drawn by hash, so that the same ones are drawn again, and bounds the rate of bad ones in all (Clopper and Pearson,
-Biometrika 26, 1934). What indexing left out is listed in every mode.
+Biometrika 26, 1934). What indexing left out is listed in every mode. Where samples are read, their dialogues may be
+read too, as a model's data are (`data.dialogue`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,19 @@ from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 from vlm_train.locations import name_of
-from vlm_train.types import RawSample
+from vlm_train.types import NO_LABEL, RawSample
+
+if TYPE_CHECKING:
+    from vlm_train.data.dialogue import Encoded
 
 Mode = Literal["fast", "full", "sample"]
 Progress = Callable[[int, int], None]
 """Called with (samples or shards done, in all)."""
+
+ReadDialogue = Callable[[Mapping[str, bytes], Mapping[str, Any], str], "Encoded"]
+"""(parts, KEY.json, caption) -> the dialogue, as `DialogueEncoder.read`. Raises SampleError."""
+
+_Sizes = NDArray[np.int64]  # [num, 3] of dialogues: tokens that are read, those of them to be told, those cut off
 
 _CHUNK = 256
 _CONFIDENCE = 0.95
@@ -54,10 +63,33 @@ class Problem:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Dialogues:
+    """The `num` dialogues that a model can learn from. `tokens`: least, median and most of a dialogue, with those that
+    its context does not hold; `label_share`: how many of the tokens that it reads are to be told; `cut_share`: how many
+    dialogues are longer than the context."""
+
+    num: int
+    tokens: tuple[int, float, int]
+    label_share: float
+    cut_share: float
+
+    @staticmethod
+    def of(sizes: Sequence[_Sizes]) -> Dialogues | None:
+        """Of all of these; None of no dialogue."""
+        read, told, cut = np.concatenate([np.zeros((0, 3), np.int64), *sizes]).T
+        if not len(read):
+            return None
+        whole = read + cut
+        tokens = (int(whole.min()), float(np.median(whole)), int(whole.max()))
+        return Dialogues(len(read), tokens, float(told.sum() / read.sum()), float((cut > 0).mean()))
+
+
 @dataclass(slots=True)
 class Verdict:
     """What was looked at and what was found. `num_checked` samples were read and decoded; `highest_rate`: with 95 %
-    confidence at most this share of all samples cannot be used, None where none was drawn."""
+    confidence at most this share of all samples cannot be used, None where none was drawn; `dialogues`: None where none
+    was read."""
 
     mode: Mode
     num_shards: int
@@ -66,6 +98,7 @@ class Verdict:
     num_checked: int = 0
     problems: list[Problem] = field(default_factory=list)
     highest_rate: float | None = None
+    dialogues: Dialogues | None = None
 
     def by_reason(self) -> dict[str, int]:
         """How many problems of each kind, the most frequent first."""
@@ -85,6 +118,7 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
     num_workers: int | None = None,
+    dialogue: ReadDialogue | None = None,
 ) -> Verdict:
     """Checks shards; those that are not indexed yet are indexed first.
 
@@ -96,6 +130,7 @@ def verify(
         seed: which they are.
         progress: called now and then.
         num_workers: processes; None is one per core.
+        dialogue: reads the dialogue of each sample that is read; it must travel to processes.
 
     Raises:
         DataError: a shard is missing, or none of it can be used; the selection is damaged, or of other shards.
@@ -110,17 +145,19 @@ def verify(
         return verdict
     _source.cache_clear()
     chunks = list(_chunks(manifest, share if mode == "sample" else None, seed))
-    total = sum(len(chunk.rows) for chunk in chunks)
-    found = 0
-    checked = map_in_processes(_check, chunks, num_workers=num_workers, chunk_size=4)
-    for chunk, problems in zip(chunks, checked, strict=True):
+    total, num_bad = sum(len(chunk.rows) for chunk in chunks), 0
+    sizes: list[_Sizes] = []
+    checked = map_in_processes(partial(_check, dialogue), chunks, num_workers=num_workers, chunk_size=4)
+    for chunk, (problems, found) in zip(chunks, checked, strict=True):
         verdict.num_checked += len(chunk.rows)
-        found += len(problems)
+        num_bad += len(problems)
         verdict.problems += problems
+        sizes.append(found)
         if progress is not None:
             progress(verdict.num_checked, total)
+    verdict.dialogues = Dialogues.of(sizes)
     if mode == "sample" and total:
-        verdict.highest_rate = highest_rate(found, total)
+        verdict.highest_rate = highest_rate(num_bad, total)
     return verdict
 
 
@@ -201,26 +238,32 @@ def _source(shard: str) -> ShardSource:
     return ShardSource(shards=shard)
 
 
-def _check(chunk: _Chunk) -> list[Problem]:
+def _check(dialogue: ReadDialogue | None, chunk: _Chunk) -> tuple[list[Problem], _Sizes]:
     source = _source(chunk.shard)
     if source.manifest.entries_of[0]["content"] != chunk.content:
         problem = Problem(source.name_of(0), "", "shard_changed", "another process has indexed it anew meanwhile")
-        return [problem] * len(chunk.rows)
-    problems = []
+        return [problem] * len(chunk.rows), np.zeros((0, 3), np.int64)
+    problems: list[Problem] = []
+    sizes: list[tuple[int, int, int]] = []
     for row, sample in zip(chunk.rows.tolist(), source.read(chunk.rows), strict=True):
-        error = sample if isinstance(sample, SampleError) else _decode(sample)
-        if error is not None:
+        try:
+            if isinstance(sample, SampleError):
+                raise sample
+            sizes += _decode(sample, dialogue)
+        except SampleError as error:
             problems.append(Problem(*source.locate(row), error.reason, error.detail[:200]))
-    return problems
+    return problems, np.array(sizes, np.int64).reshape(-1, 3)
 
 
-def _decode(sample: RawSample) -> SampleError | None:
-    """Every image of a sample, its texts, and what it has of other modalities."""
-    try:
-        decode.decode_captions(sample.parts, decode.decode_metadata(sample.parts))
-        for name in decode.image_parts(sample.parts):
-            decode.open_image(sample.parts[name]).decode()
-        reading.check(sample.parts)
-    except SampleError as error:
-        return error
-    return None
+def _decode(sample: RawSample, dialogue: ReadDialogue | None) -> list[tuple[int, int, int]]:
+    """Every image of a sample, its texts, and what it has of other modalities; the sizes of its dialogue, if that is
+    read. Raises SampleError."""
+    metadata = decode.decode_metadata(sample.parts)
+    caption = decode.decode_captions(sample.parts, metadata)[0]
+    for name in decode.image_parts(sample.parts):
+        decode.open_image(sample.parts[name]).decode()
+    reading.check(sample.parts)
+    if dialogue is None:
+        return []
+    encoded = dialogue(sample.parts, metadata, caption)
+    return [(len(encoded.ids), int((encoded.labels != NO_LABEL).sum()), encoded.num_cut)]

@@ -42,7 +42,7 @@ def batch_statistics(batch: Batch, tokenizer: Tokenizer, image: ImageSpec) -> Ba
     """Measures a batch on the host. `image`: how the tower normalises its pixels."""
     keep = batch["weights"].cpu() != 0
     rows = keep.nonzero().flatten().tolist()
-    images = batch["images"].cpu()[keep]
+    images = _images(batch, keep)
     mean, std = _normalised_moments(images, image)
     captions = [batch["captions"][row] for row in rows]
     ids, lengths = batch["text_ids"].cpu(), batch["text_mask"].cpu().sum(1)
@@ -60,6 +60,15 @@ def batch_statistics(batch: Batch, tokenizer: Tokenizer, image: ImageSpec) -> Ba
         num_repeated_samples=len(rows) - len(torch.unique(batch["uids"].cpu()[keep], dim=0)),
         num_repeated_captions=len(rows) - len(set(captions)),
     )
+
+
+def _images(batch: Batch, keep: torch.Tensor) -> torch.Tensor:
+    """[N, 3, S, S] of the rows to `keep`; of dialogues the images that are there."""
+    images = batch["images"].cpu()[keep]
+    if "num_images" not in batch:
+        return images
+    images = images if images.ndim == 5 else images[:, None]
+    return images[torch.arange(images.shape[1]) < batch["num_images"].cpu()[keep][:, None]]
 
 
 def _letters(text: str) -> str:

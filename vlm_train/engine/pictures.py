@@ -55,7 +55,9 @@ def first_batch(batch: Batch, tokenizer: Tokenizer, image: ImageSpec, *, num_ran
     for place, row in enumerate(rows):
         x = _EDGE + place % num_columns * (side + gap)
         y = _HEAD + place // num_columns * row_height
-        canvas.tile((x, y), side, batch["images"][row].permute(1, 2, 0).cpu().numpy())
+        pixels = batch["images"][row]
+        first = pixels[0] if pixels.ndim == 4 else pixels  # of the images of a dialogue
+        canvas.tile((x, y), side, first.permute(1, 2, 0).cpu().numpy())
         caption = tokenizer.decode(ids[row].tolist())
         canvas.lines((x, y + side + 4), wrap(caption, side, 10, 2), size=10, colour=MUTED, centre=side)
     _statistics_panel(canvas, (_EDGE + grid_width + 20, _HEAD), statistics)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlm_train.data import decode
+from vlm_train.data.chat import num_images, turns_of
 from vlm_train.data.decode import SampleError
 from vlm_train.data.files import File
 from vlm_train.data.local import printable
@@ -167,22 +168,40 @@ class Format(Protocol):
 def describe(contents: Mapping[str, bytes]) -> dict[str, Any]:
     """uid, width, height, image_hash, caption_hash, caption_chars and label of a sample. Nothing is decoded.
 
+    A sample without an image is one where it has a dialogue that speaks of none, of width and height 0: who reads
+    dialogues can use it, and nobody else. An image that such a dialogue misses was lost.
+
     Raises:
         SampleError: the sample cannot be used.
     """
-    image = decode.open_image(decode.first_image(contents))
+    width, height = (0, 0) if _only_talks(contents) else _size_of(decode.first_image(contents))
     metadata = decode.decode_metadata(contents)
     captions = decode.decode_captions(contents, metadata)
     uid, image_hash = decode.sample_hashes(contents)
     return {
         "uid": uid,
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         "image_hash": image_hash,
         "caption_hash": decode.caption_hash(captions[0]),
         "caption_chars": len(captions[0]),
         "label": decode.decode_label(metadata),
     }
+
+
+def _only_talks(contents: Mapping[str, bytes]) -> bool:
+    if decode.image_parts(contents):
+        return False
+    try:
+        metadata = decode.decode_metadata(contents)
+        return metadata.get("conversations") is not None and not num_images(turns_of(metadata, ""))
+    except SampleError:
+        return False
+
+
+def _size_of(image: bytes) -> tuple[int, int]:
+    opened = decode.open_image(image)
+    return opened.width, opened.height
 
 
 def changed(shard: str, detail: object) -> SampleError:
