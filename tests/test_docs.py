@@ -158,6 +158,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "importers.import_folder",
         "importers.import_coco",
         "aro.import_aro",
+        "llava.import_llava",
         "scenes.make.make_scenes",
     ):
         monkeypatch.setattr(f"vlm_train.data.{target}", lambda *args, **kwargs: summary)
@@ -172,6 +173,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm_train.cli.walk.choose_checkpoint", lambda run, path: Nothing())
     monkeypatch.setattr("vlm_train.cli.walk.write_walk", lambda *args, **kwargs: None)
     monkeypatch.setattr("vlm_train.data.verify.verify", lambda *args, mode, **kwargs: Verdict(mode, 0, 0, 0))
+    monkeypatch.setattr("vlm_train.cli.shards._dialogues_of", lambda path: None)
     monkeypatch.setattr("vlm_train.cli.stats_page.lines", lambda found: [])
     monkeypatch.setattr("vlm_train.cli.stats_page.write_page", lambda path, title, found: None)
 
@@ -212,7 +214,7 @@ def test_commands_parse(path: Path, no_work: None) -> None:
         "vlm-train train objective=sigmod",
         "vlm-train train data=shards",
         "vlm-train evaluate run=RUN optim.lr=1",
-        "vlm-train predict run=RUN image=DIR",
+        "vlm-train predict run=RUN picture=DIR",
         "vlm-train data import folder IN OUT --val-frac 0.1",
         "vlm-train configs find lr",
     ],

@@ -29,6 +29,7 @@ WALLS = {
     "lightning": {"engine", "training"},
 }
 NO_TORCH = {"errors", "log", "types", "locations", "schema", "checks", "signatures", "boxes"}
+TAKES_ANY = {"_attend"}  # of models/packing.py: transformers calls it with whatever a layer of its was told
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 300, 50, 10, 3
 
 
@@ -156,7 +157,7 @@ def test_budgets(path: Path) -> None:
             assert nesting(node) <= MAX_NESTING, f"{node.name} is nested too deeply"
             num_parameters = len([a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")])
             assert num_parameters <= MAX_PARAMETERS, f"{node.name} has {num_parameters} parameters"
-            assert node.args.kwarg is None, f"{node.name} swallows keywords"
+            assert node.args.kwarg is None or node.name in TAKES_ANY, f"{node.name} swallows keywords"
 
 
 def test_tests_mirror_the_package() -> None:

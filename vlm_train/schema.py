@@ -40,9 +40,6 @@ class TrainerConfig:
     max_steps: int = MISSING
     global_batch: int = MISSING
     micro_batch: int | None = None  # samples one rank runs forward at once; null: its whole share
-    pack_tokens: int | None = (
-        None  # dialogues of a micro-batch share rows of so many tokens; null: a padded row for each
-    )
     devices: int = 1
     num_nodes: int = 1
     accelerator: str = "auto"  # auto | cpu | gpu
@@ -197,7 +194,6 @@ MACHINE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.micro_batch",
-    "trainer.pack_tokens",
     "trainer.accelerator",
     "trainer.deterministic",
     "trainer.num_threads",

@@ -99,10 +99,7 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
         schedule=build.make(config.schedule),
         plan=plan,
         transforms=Transforms(
-            attention=config.attention.name,
-            pack_tokens=config.trainer.get("pack_tokens"),  # runs of before have no such key
-            recompute=config.strategy.recompute,
-            compile=config.compile.enabled,
+            attention=config.attention.name, recompute=config.strategy.recompute, compile=config.compile.enabled
         ),
     )
 

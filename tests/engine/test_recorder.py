@@ -1,4 +1,4 @@
-"""FLOP utilisation where the peak was measured while others used the cores."""
+"""FLOP utilisation: how long the texts are that count, and a peak that was measured while others used the cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from vlm_train.engine.callbacks import recorder
+from vlm_train.engine.flops import num_tokens
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.types import Batch
 
 
 def test_a_peak_that_was_too_low_is_measured_again_after_a_new_record_only(
@@ -28,3 +30,11 @@ def test_a_peak_that_was_too_low_is_measured_again_after_a_new_record_only(
     assert share(33.0) == 1.0 and len(measured) == 1  # still busy: what was reached is the peak
     assert share(33.0) == 1.0 and len(measured) == 1  # no record, no measurement
     assert share(40.0) == 0.5 and measured == []
+
+
+def test_a_text_counts_with_its_padding_and_a_dialogue_without() -> None:
+    texts = Batch(text_ids=torch.zeros(3, 16, dtype=torch.int64))
+    assert num_tokens(texts) == 16
+    lengths = torch.tensor([3, 40, 8, 10])
+    dialogues = Batch(**texts, dialogue_ids=torch.zeros(4, 40, dtype=torch.int64), dialogue_lengths=lengths)
+    assert num_tokens(dialogues) == 15  # the mean, 15.25; 40 would count padding

@@ -47,14 +47,12 @@ def make_text(**changes: Any) -> CausalLanguageModel:
 
 
 def make_model(*, feature_layer: int | None = None, max_images: int = 2, **changes: Any) -> GenerativeModel:
-    """In fp32. With `feature_layer` the tower is CLIP's as LLaVA reads it: up to this layer, without the last norm."""
+    """In fp32; with `feature_layer` as LLaVA reads CLIP."""
     torch.manual_seed(0)
-    num_layers = VISION["num_layers"] + 1 + (-1 if feature_layer is None else feature_layer)
-    tower = VisionTransformer(image={"size": SIZE}, patch_size=PATCH, **{**VISION, "num_layers": num_layers})  # type: ignore[arg-type]
-    if feature_layer is not None:
-        tower.post_norm = nn.Identity()
+    tower = VisionTransformer(image={"size": SIZE}, patch_size=PATCH, **VISION)  # type: ignore[arg-type]
     parts = {"vision": tower, "connector": partial(MLPConnector, num_layers=2), "text": make_text()}
-    model = GenerativeModel(**{**parts, "context_length": 48, "max_images": max_images, **changes})  # type: ignore[arg-type]
+    parts["feature_layer"] = feature_layer
+    model = GenerativeModel(**{**parts, "context_length": 48, "max_images": max_images, **changes})
     draw_weights(model)
     return model
 

@@ -28,9 +28,9 @@ from vlm_train.distributed import collectives
 from vlm_train.distributed.testing import run_ranks
 from vlm_train.engine import sharding
 from vlm_train.errors import ConfigError
-from vlm_train.models import generative
+from vlm_train.models import generative, packing
 from vlm_train.models.generative import GenerativeModel
-from vlm_train.models.packing import Packed
+from vlm_train.models.packing import Texts
 from vlm_train.models.vision.resnet import ResNet
 from vlm_train.models.vision.vit import VisionTransformer
 from vlm_train.types import IMAGE_ID, NO_LABEL, Batch, Model
@@ -79,7 +79,7 @@ def test_logits_loss_and_every_gradient_are_those_of_llava(feature_layer: int, d
     assert largest(gradients(ours), renamed(gradients(theirs), ours)) < bar
 
     twin = copy.deepcopy(ours)  # CLIP's last norm, which LLaVA leaves out
-    twin.vision.post_norm = nn.LayerNorm(32).to(dtype)  # type: ignore[assignment]
+    twin.connector.register_forward_pre_hook(lambda _, inputs: nn.functional.layer_norm(inputs[0], (32,)))
     assert (logits(twin, batch) - output.logits)[real(batch)].abs().max() > 1e3 * bar
 
 
@@ -95,47 +95,56 @@ def run(model: GenerativeModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
     return hidden.detach(), {name: gradient.clone() for name, gradient in gradients(model).items()}
 
 
-def leaking(name: str) -> type[Packed]:
-    """The twins: a mask that only hides the future, with positions through the row, or anew for each dialogue."""
+def leaking(name: str) -> type[Texts]:
+    """The twins: borders forgotten, with positions through the row, or anew for each dialogue."""
 
-    class Leaking(Packed):
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            super().__init__(*args, **keywords)
-            self.mask = torch.ones_like(self.mask).tril()
-            if name == "positions through the row":
-                self.positions_RL = torch.arange(self.shape[1]).expand(self.shape)
+    class Leaking(Texts):
+        @classmethod
+        def of(cls, lengths: Any, device: torch.device) -> Texts:
+            right = Texts.of(lengths, device)
+            positions = torch.arange(sum(lengths)) if name == "positions through the row" else right.positions_N
+            return Leaking(lengths=lengths, starts_B1=right.starts_B1, positions_N=positions)
+
+        def places(self, num_tokens: int) -> Tensor:
+            return Texts.of(self.lengths, self.positions_N.device).places(num_tokens)
 
     return Leaking
 
 
+def forget_borders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on a dialogue reads those before it."""
+    monkeypatch.setattr(generative, "Texts", leaking(name))
+    right = packing.attend_texts
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, texts: Texts, **others: Any) -> Tensor:
+        return right(q, k, v, Texts.of([sum(texts.lengths)], q.device), **others)
+
+    monkeypatch.setattr(packing, "attend_texts", attend)
+
+
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.float64, EXACT)])
-def test_packed_rows_padded_rows_and_dialogues_alone_give_the_same(
+def test_dialogues_together_and_alone_give_the_same(
     dtype: torch.dtype, bar: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured in fp32 1e-6 of hidden states and 2e-6 of gradients up to 4.5, in fp64 0 and 2e-15."""
     model, batch = make_model().to(dtype), make_batch()
-    padded, gradients_padded = run(model, batch)
-    total = {name: torch.zeros_like(value) for name, value in gradients_padded.items()}
+    together, gradients_together = run(model, batch)
+    total = {name: torch.zeros_like(value) for name, value in gradients_together.items()}
     for row, length in enumerate(batch["dialogue_lengths"].tolist()):
         alone, gradients_alone = run(model, rows_of(batch, row))
-        assert (alone[0] - padded[row, :length]).abs().max() < bar
+        assert (alone[0] - together[row, :length]).abs().max() < bar
         total = {name: value + gradients_alone[name] for name, value in total.items()}
-    assert largest(total, gradients_padded) < bar
-    for pack_tokens in (1, 24, 100):
-        model.pack_tokens = pack_tokens
-        packed, gradients_packed = run(model, batch)
-        assert (packed - padded).abs().max() < bar
-        assert largest(gradients_packed, gradients_padded) < bar
+    assert largest(total, gradients_together) < bar
     for name in ("positions through the row", "positions anew"):
-        monkeypatch.setattr(generative, "Packed", leaking(name))
-        leaked, gradients_leaked = run(model, batch)
-        assert (leaked - padded).abs().max() > 100 * bar
-        assert largest(gradients_leaked, gradients_padded) > 100 * bar
+        with monkeypatch.context() as patch:
+            forget_borders(patch, name)
+            leaked, gradients_leaked = run(model, batch)
+        assert (leaked - together).abs().max() > 100 * bar
+        assert largest(gradients_leaked, gradients_together) > 100 * bar
 
 
-def test_a_dialogue_cannot_change_another_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dialogue_cannot_change_another(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model().eval(), make_batch()
-    model.pack_tokens = 100
     for row, (start, stop) in enumerate([(0, 1), (0, 7), (0, 1), (0, 1), (5, 7)]):
         other = Batch(**batch)
         other["dialogue_ids"] = batch["dialogue_ids"].clone()
@@ -144,26 +153,17 @@ def test_a_dialogue_cannot_change_another_in_its_row(monkeypatch: pytest.MonkeyP
         rest = [index for index in range(5) if index != row]
         assert torch.equal(before[rest], after[rest])
         assert (before[row] - after[row]).abs().max() > 1e-2
-    monkeypatch.setattr(generative, "Packed", leaking("positions anew"))
+    forget_borders(monkeypatch, "positions anew")
     other["dialogue_ids"] = batch["dialogue_ids"].clone()
-    other["dialogue_ids"][2, 0] += 1  # of the longest, which is first in its row
-    changes = (model(batch)["token_hidden"] - model(other)["token_hidden"])[[0, 1, 3, 4]]
+    other["dialogue_ids"][0, 0] += 1  # of the first in the row
+    changes = (model(batch)["token_hidden"] - model(other)["token_hidden"])[[1, 2, 3, 4]]
     assert changes.abs().amax(dim=(1, 2)).min() > 1e-4
 
 
-def test_packing_is_chosen_for_every_generative_model_of_a_whole() -> None:
-    whole = nn.ModuleDict({"model": make_model()})
-    for pack_tokens in (40, None):
-        generative.choose_packing(whole, pack_tokens)
-        assert whole["model"].pack_tokens == pack_tokens
-
-
-@pytest.mark.parametrize("pack_tokens", [None, 40])
-def test_under_bf16_the_hidden_states_are_near_those_of_fp32(pack_tokens: int | None) -> None:
-    """Measured 0.8 % of their size; a wrong cast in tower, connector or rows would be an error."""
+def test_under_bf16_the_hidden_states_are_near_those_of_fp32() -> None:
+    """Measured 0.8 % of their size; a wrong cast in tower, connector or row would be an error."""
     model, batch = make_model().eval(), make_batch()
     expected = model(batch)["token_hidden"]
-    model.pack_tokens = pack_tokens
     with torch.autocast("cpu", torch.bfloat16):
         found = model(batch)["token_hidden"]
         assert answers(model, batch).shape == (5, NEW)
@@ -176,12 +176,10 @@ def test_padding_gives_zeros_and_its_length_changes_nothing() -> None:
     model, batch = make_model().eval(), make_batch()
     longer = Batch(**batch)
     longer["dialogue_ids"] = nn.functional.pad(batch["dialogue_ids"], (0, 5), value=7)
-    for pack_tokens in (None, 40):
-        model.pack_tokens = pack_tokens
-        outputs = model(longer)
-        assert outputs.keys() == model.outputs and outputs["token_vocabulary"].shape == (64, 48)
-        assert not outputs["token_hidden"][:, 20:].any() and not outputs["token_hidden"][3, 1:].any()
-        assert (outputs["token_hidden"][:, :20] - model(batch)["token_hidden"]).abs().max() < 1e-5
+    outputs = model(longer)
+    assert outputs.keys() == model.outputs and outputs["token_vocabulary"].shape == (64, 48)
+    assert not outputs["token_hidden"][:, 20:].any() and not outputs["token_hidden"][3, 1:].any()
+    assert torch.equal(outputs["token_hidden"][:, :20], model(batch)["token_hidden"])
 
 
 # ---- images
@@ -214,14 +212,16 @@ def test_one_image_each_needs_no_axis_of_images_and_floats_are_taken_as_normalis
 @pytest.mark.parametrize("has_images", [True, False])
 def test_without_an_image_tower_and_connector_get_gradients_of_zero(has_images: bool) -> None:
     model, batch = make_model(), make_batch(((0, 4), (0, 9)))
-    expected = model.text(model.text.embed(batch["dialogue_ids"]))
+    lengths = batch["dialogue_lengths"].tolist()
+    ids = torch.cat([row[:length] for row, length in zip(batch["dialogue_ids"], lengths, strict=True)])
+    expected = model.text(model.text.embed(ids), Texts.of(lengths, ids.device))
     if not has_images:
         del batch["images"]
     loss(model, batch).backward()
     assert len(gradients(model)) == len(list(model.parameters()))
     for name, gradient in gradients(model).items():
         assert gradient.any() == name.startswith("text"), name
-    assert torch.equal(model(batch)["token_hidden"][1], expected[1])
+    assert torch.equal(model(batch)["token_hidden"][1, : lengths[1]], expected[lengths[0] :])
 
 
 def test_a_frozen_language_model_still_teaches_the_connector() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,48 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_train.errors import ConfigError
 from vlm_train.models import language
 from vlm_train.models.language import FAMILIES, CausalLanguageModel, left_padded
-from vlm_train.models.packing import Packed
+from vlm_train.models.packing import Texts
 from vlm_train.types import TextSpec
 
 LLAMA = {"model_type": "llama", **TEXT}
 
 
-def alone_and_packed(text: Any, *, mask: bool = True, positions: bool = True) -> tuple[Tensor, Tensor]:
-    """Hidden states of dialogues of 5, 3 and 7 tokens, each alone and all in one row."""
-    x_BTD = torch.randn(3, 7, text.width, generator=torch.Generator().manual_seed(1))
-    lengths = [5, 3, 7]
-    packed = Packed(lengths, [[0, 1, 2]], device=x_BTD.device)
-    if not mask:
-        packed.mask = torch.ones_like(packed.mask).tril()
-    if not positions:
-        packed.positions_RL = 3 * packed.positions_RL
-    alone = torch.zeros_like(x_BTD)
-    for row, length in enumerate(lengths):
-        alone[row, :length] = text(x_BTD[row : row + 1, :length])[0]
-    hidden_RLD = text(packed.pack(x_BTD), positions_BT=packed.positions_RL, mask=packed.mask)
-    return alone, packed.unpack(hidden_RLD, num_tokens=7)
+LENGTHS = [5, 3, 7]
+
+
+def hidden_of(text: Any, ids_BT: Tensor) -> Tensor:
+    """[B, T, D] of texts that are equally long."""
+    num, length = ids_BT.shape
+    return text(text.embed(ids_BT.flatten()), Texts.of([length] * num, ids_BT.device)).view(num, length, -1)
+
+
+def alone_and_together(text: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Hidden states of texts of 5, 3 and 7 tokens, each alone and one behind the other as `texts` says."""
+    x_ND = torch.randn(sum(LENGTHS), text.width, generator=torch.Generator().manual_seed(1))
+    alone = [text(part, Texts.of([len(part)], x_ND.device)) for part in x_ND.split(LENGTHS)]
+    return torch.cat(alone), text(x_ND, texts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mask_and_positions_are_respected_and_logits_are_products_with_the_vocabulary(family: str) -> None:
+def test_texts_are_read_alone_and_logits_are_products_with_the_vocabulary(family: str) -> None:
     """fp32; measured 1e-6 of hidden states up to 4, and 0 of the logits."""
+    right = Texts.of(LENGTHS, torch.device("cpu"))
+    as_one = Texts.of([sum(LENGTHS)], torch.device("cpu"))
+    twins = {
+        "one text": as_one,
+        "borders forgotten, positions anew": replace(as_one, positions_N=right.positions_N),
+        "positions through the row": replace(right, positions_N=3 * as_one.positions_N),
+    }
     with torch.no_grad():
         text = make_text(model_type=family)
-        alone, packed = alone_and_packed(text)
-        assert (alone - packed).abs().max() < 1e-5
-        for twin in ({"mask": False}, {"positions": False}):
-            assert torch.subtract(*alone_and_packed(text, **twin)).abs().max() > 1e-2, twin
-        ids = torch.arange(3, 13)[None]
-        theirs = text.network(input_ids=ids).logits
-        assert (text(text.embed(ids)) @ text.vocabulary.T - theirs).abs().max() < 1e-5
-
-
-def test_the_eager_attention_of_transformers_would_not_mask() -> None:
-    """The twin of loading with torch's attention: True and False are added to its scores as ones and zeros."""
-    text = make_text()
-    text.network.set_attn_implementation("eager")  # type: ignore[operator]
-    assert torch.subtract(*alone_and_packed(text)).abs().max() > 1e-2
-
-
-def test_padding_behind_a_text_changes_nothing_and_a_mask_needs_positions() -> None:
-    text = make_text()
-    x_BTD = torch.randn(2, 9, 48)
-    longer = torch.cat([x_BTD, torch.randn(2, 4, 48)], dim=1)
-    assert (text(longer)[:, :9] - text(x_BTD)).abs().max() < 1e-5  # measured 1e-6
-    with pytest.raises(ValueError, match="go together"):
-        text(x_BTD, positions_BT=torch.arange(9).expand(2, 9))
-    with pytest.raises(ValueError, match="go together"):
-        text(x_BTD, mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+        alone, together = alone_and_together(text, right)
+        assert (alone - together).abs().max() < 1e-5
+        for name, twin in twins.items():
+            assert torch.subtract(*alone_and_together(text, twin)).abs().max() > 1e-2, name
+        ids = torch.arange(3, 13)
+        theirs = text.network(input_ids=ids[None]).logits[0]
+        hidden = text(text.embed(ids), Texts.of([10], ids.device))
+        assert (hidden @ text.vocabulary.T - theirs).abs().max() < 1e-5
 
 
 def test_left_padding_moves_every_text_to_the_same_end() -> None:
@@ -77,12 +68,19 @@ def test_left_padding_moves_every_text_to_the_same_end() -> None:
     assert mask.tolist() == [[False, False, True], [True, True, True]]
 
 
+def test_attention_is_dropped_out_where_the_architecture_says_so() -> None:
+    text = make_text(attention_dropout=0.5)
+    x_ND, texts = torch.randn(5, 48), Texts.of([2, 3], torch.device("cpu"))
+    assert not torch.equal(text.train()(x_ND, texts), text(x_ND, texts))
+    assert torch.equal(text.eval()(x_ND, texts), text(x_ND, texts))
+
+
 def test_a_frozen_one_runs_in_evaluation_mode_and_with_a_graph() -> None:
     text = make_text(attention_dropout=0.5).train().requires_grad_(False)
-    x_BTD = torch.randn(1, 5, 48, requires_grad=True)
-    assert torch.equal(text(x_BTD), text(x_BTD))
-    text(x_BTD).square().sum().backward()
-    assert x_BTD.grad is not None and x_BTD.grad.any()
+    x_ND, texts = torch.randn(5, 48, requires_grad=True), Texts.of([5], torch.device("cpu"))
+    assert torch.equal(text(x_ND, texts), text(x_ND, texts))
+    text(x_ND, texts).square().sum().backward()
+    assert x_ND.grad is not None and x_ND.grad.any()
     assert all(parameter.grad is None for parameter in text.parameters())
     assert len(text.train().blocks) == 2 and not text.network.training
 
@@ -127,7 +125,7 @@ def test_a_folder_is_loaded_in_fp32_and_its_generation_options_are_not_taken(tmp
     assert {parameter.dtype for parameter in text.parameters()} == {torch.float32} and not text.is_tied
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[1, 5, 9, 3]])
-    assert torch.equal(text(text.embed(ids)) @ text.vocabulary.T, theirs(ids).logits)
+    assert torch.equal(hidden_of(text, ids) @ text.vocabulary.T, theirs(ids).logits)
     found = text.generate(text.embed(ids), torch.tensor([4]), max_new_tokens=8, eos_id=2)
     mask = torch.ones_like(ids)
     assert not torch.equal(found, theirs.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 4:])
@@ -142,7 +140,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     for family in FAMILIES:
         text = make_text(model_type=family, head_dim=16) if family == "qwen3" else make_text(model_type=family)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            nn.functional.linear(text(torch.randn(1, 11, 48)), text.vocabulary)
+            nn.functional.linear(text(torch.randn(11, 48), Texts.of([11], torch.device("cpu"))), text.vocabulary)
         assert text.forward_flops(11) == counter.get_total_flops()
 
 
@@ -187,4 +185,4 @@ def test_a_family_that_is_left_out_would_be_wrong(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         text = make_text(model_type="granite", logits_scaling=4.0)
         ids = torch.arange(3, 13)[None]
-        assert (text(text.embed(ids)) @ text.vocabulary.T - text.network(input_ids=ids).logits).abs().max() > 1e-2
+        assert (hidden_of(text, ids) @ text.vocabulary.T - text.network(input_ids=ids).logits).abs().max() > 1e-2

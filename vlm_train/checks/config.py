@@ -23,7 +23,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.max_steps": (1, MANY),
     "trainer.global_batch": (1, MANY),
     "trainer.micro_batch": (1, MANY),
-    "trainer.pack_tokens": (1, MANY),
     **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
     "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),

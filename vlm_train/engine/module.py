@@ -21,7 +21,6 @@ from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.models.attention import Backend, choose_attention
-from vlm_train.models.generative import choose_packing
 from vlm_train.objectives.base import Objective
 from vlm_train.types import Batch
 
@@ -30,21 +29,18 @@ from vlm_train.types import Batch
 class Transforms:
     """What is done to what trains, in place and in this order, before it is sharded.
 
-    `attention`: the kernel of every attention of ours. `pack_tokens`: tokens of a row that dialogues share; None is a
-    row for each. Of every block of the model, `recompute`: activations inside are not kept but computed again in the
-    backward pass (activation checkpointing, arXiv 1604.06174); `compile`: torch.compile, where one graph serves all
-    equal blocks.
+    `attention`: the kernel of every attention of ours. Of every block of the model, `recompute`: activations inside are
+    not kept but computed again in the backward pass (activation checkpointing, arXiv 1604.06174); `compile`:
+    torch.compile, where one graph serves all equal blocks.
     """
 
     attention: Backend = "sdpa"
-    pack_tokens: int | None = None
     recompute: bool = False
     compile: bool = False
 
     def apply(self, module: TrainingModule, device: torch.device) -> None:
         """Parameter names stay as they are. Raises ConfigError where the kernel cannot run on `device`."""
         choose_attention(module, self.attention, device)
-        choose_packing(module, self.pack_tokens)
         for block in sharding.blocks_of(module.model):
             if self.recompute:
                 checkpoint(block)

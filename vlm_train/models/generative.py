@@ -3,8 +3,8 @@
 
 1. The tower makes tokens of each image that is there, the connector brings them to the width of the language model.
 2. They are laid where a dialogue has IMAGE_ID, image after image in the order of the batch.
-3. The language model reads each dialogue alone, whether rows are padded or packed. Its logits are never formed here:
-   they are `token_hidden @ token_vocabulary.T`.
+3. The language model reads the dialogues one behind the other, each alone and without padding. Its logits are never
+   formed here: they are `token_hidden @ token_vocabulary.T`.
 
 Every forward pass runs tower and connector once, if need be on one blank image that counts for nothing: where gradients
 are exchanged, a rank without an image must not leave the others waiting.
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.base import Connector
 from vlm_train.models.language import CausalLanguageModel
-from vlm_train.models.packing import Packed, pack_rows
+from vlm_train.models.packing import Texts
 from vlm_train.models.vision.image import Normalize
+from vlm_train.models.vision.vit import Layer
 from vlm_train.types import IMAGE_ID, Batch, DialogueSpec, ImageSpec, ModalitySpec, Outputs
 
 
@@ -33,10 +34,17 @@ class TokenTower(Protocol):
     out_dim: int
     num_patches: int
 
-    def tokens(self, pixels_N3SS: Tensor) -> Tensor:
-        """One token per patch; where its `pool` is `cls`, the class token in front of them."""
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token stands in front of those of the patches."""
 
-    def tokens_flops(self) -> float:
+    def tokens(self, pixels_N3SS: Tensor, *, layer: Layer | None = None) -> Tensor:
+        """One token per patch, and its class token; of a layer as in `VisionTransformer`."""
+
+    def drop_unread(self, layer: Layer | None) -> None:
+        """Takes out what `tokens` at this layer does not run."""
+
+    def tokens_flops(self, *, layer: Layer | None = None) -> float:
         """Forward FLOPs of one image."""
 
 
@@ -50,12 +58,12 @@ class GenerativeModel(nn.Module):
         context_length: most tokens of a dialogue, those of its images included.
         max_images: most images of a dialogue.
         drop_class_token: whether the connector gets the tokens of patches alone.
-
-    Attributes: `pack_tokens`, which the engine may set: None for one dialogue a row, or how many tokens a row may have
-    that holds several. The numbers are the same.
+        feature_layer: where the tower is read: None behind its last norm, -1 before that, -2, as LLaVA reads CLIP, a
+            block before. What lies behind is taken out of the tower.
 
     Raises:
-        ConfigError: a tower without tokens, or a context that the language model or the images do not leave.
+        ConfigError: a tower without tokens or without this layer, or a context that the language model or the images do
+            not leave.
     """
 
     outputs = frozenset({"token_hidden", "token_vocabulary"})
@@ -71,6 +79,7 @@ class GenerativeModel(nn.Module):
         context_length: int,
         max_images: int = 1,
         drop_class_token: bool = True,
+        feature_layer: Layer | None = None,
     ) -> None:
         super().__init__()
         pool = getattr(vision, "pool", None)
@@ -78,20 +87,19 @@ class GenerativeModel(nn.Module):
             raise ConfigError(
                 "the image tower of a generative model must show its tokens, and have no pooling that none would read",
                 got=f"{type(vision).__name__} with pool={pool}",
-                allowed="VisionTransformer with pool=cls or mean, or another tower with `tokens` and `num_patches`",
+                allowed="VisionTransformer with pool=cls or mean, HuggingFaceVision of CLIP or SigLIP",
                 remedy="take another tower in model.vision, or set model.vision.pool=mean",
             )
-        has_class_token = pool == "cls"
-        self.first_patch = int(has_class_token and drop_class_token)
-        num_patches = vision.num_patches + int(has_class_token) - self.first_patch
-        self.vision, self.text = vision, text
+        self.first_patch = int(vision.has_class_token and drop_class_token)
+        num_patches = vision.num_patches + int(vision.has_class_token) - self.first_patch
+        vision.drop_unread(feature_layer)
+        self.vision, self.text, self.feature_layer = vision, text, feature_layer
         self.connector = connector(in_dim=vision.out_dim, out_dim=text.width, num_patches=num_patches)
         self.image_spec, self.text_spec = vision.image_spec, text.text_spec
         self.normalize = Normalize(self.image_spec)
         self.dialogue = DialogueSpec(
             context_length=context_length, num_image_tokens=self.tokens_per_image, max_images=max_images
         )
-        self.pack_tokens: int | None = None
         self._check_context()
 
     def _check_context(self) -> None:
@@ -121,19 +129,19 @@ class GenerativeModel(nn.Module):
         ids_BT, lengths_B = batch["dialogue_ids"], batch["dialogue_lengths"]
         x_BTD, lengths = self._read(batch.get("images"), batch["num_images"], ids_BT, lengths_B)
         return {
-            "token_hidden": self._hidden(x_BTD, lengths_B, lengths),
+            "token_hidden": self._hidden(x_BTD, lengths),
             # a copy, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
             "token_vocabulary": self.text.vocabulary.clone(),
         }
 
-    def _hidden(self, x_BTD: Tensor, lengths_B: Tensor, lengths: list[int]) -> Tensor:
-        num_tokens = x_BTD.shape[1]
-        if self.pack_tokens is not None:
-            packed = Packed(lengths, pack_rows(lengths, self.pack_tokens), device=x_BTD.device)
-            hidden_RLD = self.text(packed.pack(x_BTD), positions_BT=packed.positions_RL, mask=packed.mask)
-            return packed.unpack(hidden_RLD, num_tokens=num_tokens)
-        is_padding_BT = torch.arange(num_tokens, device=x_BTD.device) >= lengths_B[:, None]
-        return cast(Tensor, self.text(x_BTD)).masked_fill(is_padding_BT[:, :, None], 0)
+    def _hidden(self, x_BTD: Tensor, lengths: list[int]) -> Tensor:
+        """[B, T, D], zeros on padding, which the language model does not meet."""
+        texts = Texts.of(lengths, x_BTD.device)
+        places_N = texts.places(x_BTD.shape[1])
+        flat_ND = x_BTD.flatten(0, 1)
+        hidden_ND = cast(Tensor, self.text(flat_ND.index_select(0, places_N), texts))
+        zeros_ND = hidden_ND.new_zeros(flat_ND.shape)
+        return zeros_ND.index_copy(0, places_N, hidden_ND).view_as(x_BTD)
 
     def _read(
         self, images: Tensor | None, num_images_B: Tensor, ids_BT: Tensor, lengths_B: Tensor
@@ -189,7 +197,8 @@ class GenerativeModel(nn.Module):
             )
 
     def _connected(self, pixels_N3SS: Tensor) -> Tensor:
-        return cast(Tensor, self.connector(self.vision.tokens(pixels_N3SS)[:, self.first_patch :]))
+        tokens_NPD = self.vision.tokens(pixels_N3SS, layer=self.feature_layer)
+        return cast(Tensor, self.connector(tokens_NPD[:, self.first_patch :]))
 
     @torch.no_grad()
     def generate(
@@ -220,14 +229,7 @@ class GenerativeModel(nn.Module):
         `num_text_tokens`: all that the language model reads, the tokens of the image included.
         """
         return {
-            "vision": self.vision.tokens_flops(),
+            "vision": self.vision.tokens_flops(layer=self.feature_layer),
             "connector": self.connector.forward_flops(),
             "text": self.text.forward_flops(num_text_tokens),
         }
-
-
-def choose_packing(model: nn.Module, pack_tokens: int | None) -> None:
-    """Every generative model in `model` reads rows of so many tokens from now on; None is a row for each dialogue."""
-    for part in model.modules():
-        if isinstance(part, GenerativeModel):
-            part.pack_tokens = pack_tokens

@@ -1,5 +1,8 @@
 """Causal language models of Hugging Face transformers, fed with vectors: the text half of a generative model.
 
+They train on texts one behind the other without padding (`packing.py`), through an attention of our own that
+transformers knows by name; when they generate, it is torch's.
+
 What it reads is already embedded, so that the tokens of an image can stand between those of a text. What it gives is
 the last hidden state; logits are `hidden @ vocabulary.T`, formed by the objective where a label is.
 
@@ -23,18 +26,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from vlm_train.assets import hub_access, resolve_asset
 from vlm_train.errors import ConfigError, nearest
 from vlm_train.models.layers import linear_flops
+from vlm_train.models.packing import ATTENTION, Texts
 from vlm_train.models.pretrained import PretrainedTower, on_meta
 from vlm_train.types import TextSpec
 
 FAMILIES = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
-"""Values of `model_type` for which packed rows are tested to give the numbers of each text alone."""
+"""Values of `model_type` for which texts behind each other are tested to give the numbers of each alone."""
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the longest text of a batch."""
 
 
 class CausalLanguageModel(PretrainedTower):
-    """A decoder-only language model: embedded tokens [B, T, D] -> hidden states [B, T, D].
+    """A decoder-only language model: embedded tokens of texts -> hidden states.
 
     A frozen one still runs with a graph, since what it reads comes from parts that learn.
 
@@ -71,7 +75,7 @@ class CausalLanguageModel(PretrainedTower):
         self.text_spec = spec
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self.context: int = _num_positions(config)
+        self.context: int = num_positions(config)
         self.is_tied = self._head.weight is self._embedding.weight
         # the padding id is often that of the end of a text, whose row would get no gradient
         self._embedding.padding_idx = None
@@ -98,20 +102,22 @@ class CausalLanguageModel(PretrainedTower):
         """ids [B, T] int64, each below `vocab_size` -> [B, T, D]."""
         return cast(Tensor, self._embedding(ids_BT))
 
-    def forward(self, x_BTD: Tensor, *, positions_BT: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Embedded tokens [B, T, D] -> hidden states [B, T, D] behind the last norm.
+    def forward(self, x_ND: Tensor, texts: Texts) -> Tensor:
+        """Embedded tokens [N, D] of texts one behind the other -> their hidden states [N, D] behind the last norm.
 
         Args:
-            x_BTD: as `embed` gives them, or in their place what else is to be read.
-            positions_BT: int64, the place of each token in its own text; goes with `mask`.
-            mask: bool [B, 1, T, T], True where the second may be read at the first. Without it each row is one text
-                from its first place on, and padding behind it changes nothing before it.
+            x_ND: as `embed` gives them, or in their place what else is to be read.
+            texts: where each text lies; it reads itself alone.
         """
-        if (positions_BT is None) != (mask is None):
-            raise ValueError("positions and mask go together: either says nothing without the other")
         base = cast(Any, self.network).base_model
-        output = base(inputs_embeds=x_BTD, position_ids=positions_BT, attention_mask=mask, use_cache=False)
-        return cast(Tensor, output.last_hidden_state)
+        output = base(
+            inputs_embeds=x_ND[None],
+            position_ids=texts.positions_N[None],
+            attention_mask=x_ND.new_ones(1, 1, 1, 1, dtype=torch.bool),  # so that transformers makes none of its own
+            use_cache=False,
+            texts=texts,
+        )
+        return cast(Tensor, output.last_hidden_state).squeeze(0)
 
     @torch.no_grad()
     def generate(
@@ -226,7 +232,7 @@ def _check_family(family: Any) -> None:
         )
 
 
-def _num_positions(config: Any) -> int:
+def num_positions(config: Any) -> int:
     """Longest text of which every token is read at every later one."""
     window = getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
@@ -245,11 +251,11 @@ def _check(config: Any, spec: TextSpec) -> None:
             allowed=list(FIXED_ROTATIONS),
             remedy="take another model in model.text",
         )
-    if spec.vocab_size > config.vocab_size or spec.context_length > _num_positions(config):
+    if spec.vocab_size > config.vocab_size or spec.context_length > num_positions(config):
         raise ConfigError(
             "the tokenizer does not fit the language model",
             got=f"{spec.vocab_size} tokens, context {spec.context_length}",
-            allowed=f"at most {config.vocab_size} tokens, context at most {_num_positions(config)}",
+            allowed=f"at most {config.vocab_size} tokens, context at most {num_positions(config)}",
             remedy="give the tokenizer the same path as the language model, and a shorter context_length",
         )
 
@@ -257,11 +263,10 @@ def _check(config: Any, spec: TextSpec) -> None:
 def _load(path: str | None, config: Any) -> nn.Module:
     """The network with the weights at `path`, or with first values.
 
-    Its attention must be torch's: the eager one adds a mask of True and False to the scores as ones and zeros. Weights
-    are fp32 whatever the file holds. What its folder says about generation (penalties, a temperature) is left out, or a
-    greedy answer would not be one.
+    Weights are fp32 whatever the file holds. What its folder says about generation (penalties, a temperature) is left
+    out, or a greedy answer would not be one.
     """
-    options: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
     if path is not None and not on_meta():
         with hub_access(path):
             network = AutoModelForCausalLM.from_pretrained(

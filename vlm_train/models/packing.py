@@ -1,92 +1,104 @@
-"""Several dialogues in one row, so that no place is spent on padding, and none sees another.
+"""Texts one behind the other in a single row: no place is spent on padding, and no text sees another.
 
-1. Each starts at position 0.
-2. The mask lets a token read its own dialogue up to itself. Without it, restarting positions alone would let a dialogue
-   read those before it (huggingface/nanoVLM#204).
-3. What comes out is laid back in rows of one dialogue each, so whoever reads it need not know that rows were packed.
-
-The mask has L^2 entries for each row of L tokens, which is for dense attention: kernels that take lengths in place of a
-mask run on GPUs only and are not used yet.
+Everything in a language model but its attention works on a token alone, so it runs over all tokens of a batch at once.
+Attention runs text by text: on a processor a call for each, with torch's own causal kernel; on a GPU in low precision
+one call of torch's kernel for texts of any lengths (flash attention, arXiv 2205.14135; not yet run on a card). There is
+no mask, of the padding or of the borders, that could be forgotten or take memory, and positions begin anew with each
+text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
-def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The dialogues of each row, by index: longest first, each where the least room is left over, else in a new row.
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Where B texts lie in a row of N tokens. `lengths`: tokens of each, at least 1; `starts_B1` int32 [B + 1]: where
+    each begins, and the end; `positions_N` int64: the place of each token in its text."""
 
-    A row has at most `max_tokens` tokens; a dialogue that is longer has a row of its own. Equal lengths go by index,
-    equal room by row, so the same lengths give the same rows.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        fitting = [row for row, left in enumerate(room) if left >= lengths[index]]
-        if not fitting:
-            rows.append([])
-            room.append(max_tokens)
-            fitting = [len(rows) - 1]
-        best = min(fitting, key=lambda row: (room[row], row))
-        rows[best].append(index)
-        room[best] -= lengths[index]
-    return rows
+    lengths: list[int]
+    starts_B1: Tensor
+    positions_N: Tensor
 
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Texts:
+        """Texts of so many tokens each."""
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        starts = F.pad(sizes.cumsum(0), (1, 0))
+        positions = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(sizes)
+        starts, positions = (x.to(device, non_blocking=True) for x in (starts.to(torch.int32), positions))
+        return cls(lengths=list(lengths), starts_B1=starts, positions_N=positions)
 
-class Packed:
-    """Where each token of a batch of dialogues lies in packed rows.
-
-    Args:
-        lengths: tokens of each dialogue, B numbers.
-        rows: the dialogues of each row, R lists of indexes, as of `pack_rows`.
-        device: where the tensors will be.
-
-    Attributes: `positions_RL` int64, the place of each token in its dialogue, 0 on padding; `mask` bool [R, 1, L, L],
-    True where the second may be read at the first. Padding reads padding, so that no softmax is over nothing. L is the
-    length of the fullest row.
-    """
-
-    def __init__(self, lengths: Sequence[int], rows: Sequence[Sequence[int]], *, device: torch.device) -> None:
-        order = [index for row in rows for index in row]
-        totals = [sum(lengths[index] for index in row) for row in rows]
-        self.shape = len(rows), max(totals, default=0)
-        self.num_dialogues = len(lengths)
-        sizes = torch.tensor([lengths[index] for index in order], dtype=torch.int64)
-        first_in_row = [
-            row * self.shape[1] + sum(lengths[index] for index in members[:number])
-            for row, members in enumerate(rows)
-            for number in range(len(members))
-        ]
-        starts = torch.tensor(first_in_row, dtype=torch.int64).repeat_interleave(sizes)
-        positions = torch.arange(len(starts)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        dialogues = torch.tensor(order, dtype=torch.int64).repeat_interleave(sizes)
-        # of each token: its dialogue, its place there, and its place among all places of the rows
-        self._dialogues, self._positions, self._slots = torch.stack([dialogues, positions, starts + positions]).to(
-            device, non_blocking=True
+    def places(self, num_tokens: int) -> Tensor:
+        """Where the tokens of the row lie in a padded [B, T] of T = `num_tokens`, flattened: int64 [N]."""
+        device = self.positions_N.device
+        owner = torch.arange(len(self.lengths), device=device).repeat_interleave(
+            self.starts_B1.diff().long(), output_size=len(self.positions_N)
         )
-        self.positions_RL = self._spread(self._positions, fill=0)
-        owner_RL = self._spread(self._dialogues, fill=-1)
-        same_RLL = owner_RL[:, :, None] == owner_RL[:, None, :]
-        self.mask = same_RLL.tril()[:, None]
+        return owner * num_tokens + self.positions_N
 
-    def _spread(self, values_N: Tensor, *, fill: int) -> Tensor:
-        flat = values_N.new_full((self.shape[0] * self.shape[1],), fill)
-        return flat.index_copy(0, self._slots, values_N).view(self.shape)
 
-    def pack(self, x_BTD: Tensor) -> Tensor:
-        """Dialogues [B, T, D], padding behind them -> rows [R, L, D], zeros where none is."""
-        places = self._dialogues * x_BTD.shape[1] + self._positions
-        tokens_ND = x_BTD.flatten(0, 1).index_select(0, places)
-        rows_ND = tokens_ND.new_zeros(self.shape[0] * self.shape[1], x_BTD.shape[-1])
-        return rows_ND.index_copy(0, self._slots, tokens_ND).unflatten(0, self.shape)
+def attend_texts(
+    q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor, texts: Texts, *, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention inside each text: [1, H, N, C], with H a multiple of the G heads of keys and values. `dropout`:
+    probability with which a weight is left out."""
+    if q_1HNC.is_cuda and q_1HNC.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        return _varlen(q_1HNC, k_1GNC, v_1GNC, texts, scale)
+    is_grouped = q_1HNC.shape[1] != k_1GNC.shape[1]
+    parts = (x.split(texts.lengths, dim=2) for x in (q_1HNC, k_1GNC, v_1GNC))
+    read = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=is_grouped)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(read, dim=2)
 
-    def unpack(self, hidden_RLD: Tensor, *, num_tokens: int) -> Tensor:
-        """Rows [R, L, D] -> dialogues [B, T, D] with T = `num_tokens`, zeros behind each."""
-        places = self._dialogues * num_tokens + self._positions
-        tokens_ND = hidden_RLD.flatten(0, 1).index_select(0, self._slots)
-        flat_ND = tokens_ND.new_zeros(self.num_dialogues * num_tokens, hidden_RLD.shape[-1])
-        return flat_ND.index_copy(0, places, tokens_ND).unflatten(0, (self.num_dialogues, num_tokens))
+
+def _varlen(q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor, texts: Texts, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q_NHC, k_NGC, v_NGC = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q_1HNC, k_1GNC, v_1GNC))
+    starts, longest = texts.starts_B1, max(texts.lengths)
+    is_grouped = q_1HNC.shape[1] != k_1GNC.shape[1]
+    read = varlen_attn(
+        q_NHC, k_NGC, v_NGC, starts, starts, longest, longest,
+        scale=scale, window_size=(-1, 0), enable_gqa=is_grouped,
+    )  # fmt: skip
+    assert isinstance(read, Tensor)
+    return read.transpose(0, 1)[None]
+
+
+ATTENTION = "vlm_train_texts"
+"""The name by which transformers calls this attention. Where it was told of no texts, in generation, it is torch's."""
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    texts: Texts | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer; `texts` comes from `CausalLanguageModel.forward`."""
+    if texts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    return attend_texts(query, key, value, texts, scale=scaling, dropout=dropout).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
