@@ -163,12 +163,16 @@ def _try_start(config: Any) -> list[str]:
 
 def summary(run: Any) -> str:
     """Where the run lies, what it measured, and what to do next."""
+    from vlm_train.schema import read_config
+
     lines = ["", f"trained: {run.path}"]
     for path in sorted(run.evals.glob("*.json")):
         lines += ["", *describe(path.stem, json.loads(path.read_text()))]
     if run.report.exists():
         lines += ["", f"report: {run.report}"]
-    lines.append(f'next: vlm-train predict run={run.path} text="..." images=FOLDER out=grid.png')
+    answers = read_config(run.path).objective.get("_target_", "").endswith("NextToken")
+    what = 'image=FILE prompt="..."' if answers else 'text="..." images=FOLDER out=grid.png'
+    lines.append(f"next: vlm-train predict run={run.path} {what}")
     return "\n".join(lines)
 
 

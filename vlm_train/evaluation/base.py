@@ -81,7 +81,7 @@ class Embedder:
                 f"{type(model).__name__} cannot embed: it has no {' and no '.join(missing)}",
                 got=", ".join(getattr(model, "forward_methods", ())) or "no forward methods",
                 allowed="a model with encode_image and encode_text, such as dual_encoder",
-                remedy="leave out the evaluators that embed (retrieval, zero_shot), or change the model",
+                remedy="an evaluation that fits it (evaluation=vqa of a model that answers), or another model",
             )
         self.model, self.tokenizer, self.device, self.autocast = model, tokenizer, device, autocast
 

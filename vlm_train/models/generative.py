@@ -140,8 +140,8 @@ class GenerativeModel(nn.Module):
         places_N = texts.places(x_BTD.shape[1])
         flat_ND = x_BTD.flatten(0, 1)
         hidden_ND = cast(Tensor, self.text(flat_ND.index_select(0, places_N), texts))
-        zeros_ND = hidden_ND.new_zeros(flat_ND.shape)
-        return zeros_ND.index_copy(0, places_N, hidden_ND).view_as(x_BTD)
+        num_tokens = x_BTD.shape[1]  # what follows is no view, on which sharded strategies could not put their hooks
+        return hidden_ND.new_zeros(x_BTD.shape).index_put((places_N // num_tokens, places_N % num_tokens), hidden_ND)
 
     def _read(
         self, images: Tensor | None, num_images_B: Tensor, ids_BT: Tensor, lengths_B: Tensor

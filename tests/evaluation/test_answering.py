@@ -1,0 +1,178 @@
+"""How a model is asked: each question of its own picture, cut at its end, on every rank as often as on the others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from vlm_train.distributed import collectives
+from vlm_train.distributed.testing import run_ranks
+from vlm_train.engine import sharding
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation import answering
+from vlm_train.evaluation.answering import Answerer, check_asked
+from vlm_train.evaluation.base import Embedder
+from vlm_train.evaluation.retrieval import Retrieval
+from vlm_train.evaluation.vqa import VisualQuestions, YesNo
+from vlm_train.types import IMAGE_ID, Batch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from generative_toys import NUM_TOKENS, SIZE, make_model
+
+STOP, CPU = 2, torch.device("cpu")
+NEW = 5
+QUESTIONS = [["what is it?", "red?"], [], ["how many circles are there?", "red?", "a b"], ["c"]]
+SHARES = [slice(0, 3), slice(3, 4)], [slice(0, 4), slice(4, 4)]  # of rows by rank: unequal; all with one rank
+
+
+class Words:
+    """A letter is a token; the picture comes first."""
+
+    stop_id = STOP
+
+    def question(self, text: str) -> list[int]:
+        return [1, *[IMAGE_ID] * NUM_TOKENS, *(3 + ord(letter) % 60 for letter in text)]
+
+
+class Numbers:
+    """Decodes to the ids themselves."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def pictures(num: int = len(QUESTIONS)) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    return Batch(images=torch.randint(0, 256, (num, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator))
+
+
+def make_answerer(model: Any, **options: Any) -> Answerer:
+    tokenizer: Any = Numbers()
+    return Answerer(model=model, dialogues=Words(), tokenizer=tokenizer, device=CPU, max_new_tokens=NEW, **options)
+
+
+def asked_alone(model: Any, batch: Batch, questions: list[list[str]]) -> list[list[str]]:
+    """What the model says to each question of each picture, one at a time, up to the first end."""
+    told = []
+    for row, texts in enumerate(questions):
+        told.append([])
+        for text in texts:
+            ids = torch.tensor([Words().question(text)])
+            length, one = torch.tensor([ids.shape[1]]), torch.tensor([1])
+            image = batch["images"][row : row + 1]
+            found = model.generate(image, one, ids, length, max_new_tokens=NEW, eos_id=STOP)[0].tolist()
+            told[-1].append(" ".join(str(number) for number in found if number != STOP))
+    return told
+
+
+@pytest.mark.parametrize("per_forward", [1, 4, 64])
+def test_each_question_is_answered_as_if_asked_alone(monkeypatch: pytest.MonkeyPatch, per_forward: int) -> None:
+    monkeypatch.setattr(answering, "_QUESTIONS_PER_FORWARD", per_forward)
+    model, batch = make_model().eval(), pictures()
+    expected = asked_alone(model, batch, QUESTIONS)
+    with mock.patch.object(model, "generate", wraps=model.generate) as generate:
+        assert make_answerer(model).answers(batch, QUESTIONS) == expected
+    assert generate.call_count == -(-6 // per_forward)
+    assert len({text for texts in expected for text in texts}) > 4
+    assert [len(texts) for texts in expected] == [2, 0, 3, 1]
+    turned = Batch(images=batch["images"].roll(1, dims=0))  # the twin: each of the picture before its own
+    twin = make_answerer(model).answers(turned, QUESTIONS)
+    assert all(mine != other for mine, other in zip(expected, twin, strict=True) if mine)
+
+
+def test_of_several_pictures_the_first_is_asked_about() -> None:
+    model, batch = make_model().eval(), pictures()
+    several = Batch(images=torch.stack([batch["images"], batch["images"].flip(0)], dim=1))
+    expected = make_answerer(model).answers(batch, QUESTIONS)
+    assert make_answerer(model).answers(several, QUESTIONS) == expected
+    assert make_answerer(model).answers(Batch(images=several["images"].flip(1)), QUESTIONS) != expected
+
+
+class Scripted(nn.Module):
+    """Says the same rows of ids whatever it is asked, and how it was asked."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.rows, self.seen = rows, []
+
+    def generate(self, images: Tensor, num_images: Tensor, ids: Tensor, lengths: Tensor, **options: Any) -> Tensor:
+        product = self.layer(torch.ones(1, 2))
+        self.seen.append((self.training, product.requires_grad, product.dtype, ids, lengths, num_images, options))
+        return torch.tensor(self.rows)
+
+
+def test_an_answer_ends_at_its_end_and_one_without_is_cut_off() -> None:
+    rows = [[7, 8, STOP, 9, STOP], [STOP, 7, 7, 7, 7], [7, 8, 9, 7, 8]]
+    answerer = make_answerer(Scripted(rows))
+    assert answerer.answers(pictures(2), [["a", "b"], ["c"]]) == [["7 8", ""], ["7 8 9 7 8"]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_answers_in_evaluation_mode_without_a_graph_and_is_left_as_it_was(training: bool) -> None:
+    model = Scripted([[7], [7]]).train(training)
+    answerer = make_answerer(model, autocast=torch.bfloat16)
+    answerer.answers(pictures(1), [["ab", "a"]])
+    was_training, has_graph, dtype, ids, lengths, num_images, options = model.seen[0]
+    assert (was_training, has_graph, dtype, model.training) == (False, False, torch.bfloat16, training)
+    assert options == {"max_new_tokens": NEW, "eos_id": STOP}
+    assert lengths.tolist() == [7, 6] and num_images.tolist() == [1, 1]
+    assert [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)] == [
+        Words().question(text) for text in ("ab", "a")
+    ]
+    assert torch.is_grad_enabled()
+
+
+def test_no_questions_need_no_model() -> None:
+    assert make_answerer(None).answers(pictures(3), [[], [], []]) == [[], [], []]
+
+
+def test_as_many_lists_as_pictures_are_asked_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_answerer(None).answers(pictures(3), [["a"], ["b"]])
+    assert caught.value.got == "2 lists" and "3" in str(caught.value.allowed)
+
+
+def of_sharded_ranks() -> list[Any]:
+    """Ranks share the weights, so one that asks less often keeps the others waiting; the toys' answers by rank."""
+    model = make_model().eval()
+    sharding.shard(model, init_device_mesh("cpu", (collectives.world_size(),)))
+    found = []
+    with mock.patch.object(answering, "_QUESTIONS_PER_FORWARD", 2):
+        for shares in SHARES:
+            rows = shares[collectives.rank()]
+            # a rank without questions has a picture all the same, as its padding
+            batch = Batch(images=pictures()["images"][rows] if QUESTIONS[rows] else pictures(1)["images"])
+            found.append(make_answerer(model).answers(batch, QUESTIONS[rows] or [[]]))
+        found.append(make_answerer(model).answers(pictures(1), [[]]))  # nobody asks
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_with_unequally_many_questions_wait_for_each_other() -> None:
+    expected = asked_alone(make_model().eval(), pictures(), QUESTIONS)
+    for rank, (unequal, one_alone, none) in enumerate(run_ranks(of_sharded_ranks, 2, timeout=120)):
+        assert unequal == expected[SHARES[0][rank]]
+        assert one_alone == (expected if rank == 0 else [[]])
+        assert none == [[]]
+
+
+def test_an_evaluator_is_asked_only_of_a_model_that_can_tell() -> None:
+    check_asked({"vqa": VisualQuestions(), "yes_no": YesNo()}, Answerer, "Toy")
+    check_asked({"retrieval": Retrieval()}, Embedder, "Toy")
+    check_asked({}, Answerer, "Toy")
+    for evaluators, given, remedy in (
+        ({"vqa": VisualQuestions(), "mine": Retrieval()}, Answerer, "evaluation=vqa"),
+        ({"mine": YesNo()}, Embedder, "evaluation=retrieval"),
+        ({"mine": object()}, Answerer, "evaluation=vqa"),  # who says nothing asks an embedder
+    ):
+        with pytest.raises(ConfigError, match="the evaluator mine asks what Toy cannot tell") as caught:
+            check_asked(evaluators, given, "Toy")
+        assert caught.value.remedy == remedy and given.__name__ in str(caught.value.allowed)
