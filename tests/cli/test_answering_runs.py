@@ -135,15 +135,16 @@ def test_predict_answers_as_evaluation_heard(folder: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("predict run=run text=a images=picture.png", "GenerativeModel cannot embed"),
+        ("predict run=run text=a images=picture.png", "GenerativeModel answers, and does not search"),
         ("predict run=clip image=picture.png prompt=what?", "DualEncoder cannot answer"),
         ("predict run=run prompt=what?", "needs image="),
         ("predict run=run image=picture.png", "needs prompt="),
         ("predict run=run image=picture.png prompt=what? text=a", "either searches pictures or answers about one"),
-        ("predict run=run image=run prompt=what?", "image= is not one picture"),
-        ("predict run=run image=nowhere prompt=what?", "no image and no shard at nowhere"),
+        ("predict run=run image=run prompt=what?", "image= is no file"),
+        ("predict run=run image=nowhere prompt=what?", "image= is no file"),
         ("predict run=run image=picture.png prompt=what? max_tokens=0", "max_tokens= is no count"),
         ("predict run=run image=picture.png prompt=what? max_tokens=1000", "does not fit behind its prompt"),
+        (f"predict run=run image=picture.png prompt={'x.' * 400}", "a prompt is too long"),
         ("evaluate run=run device=cpu evaluation=retrieval", "retrieval asks what GenerativeModel cannot tell"),
         ("evaluate run=clip device=cpu evaluation=vqa", "vqa asks what DualEncoder cannot tell"),
     ],
@@ -161,6 +162,10 @@ def test_a_run_is_not_asked_for_what_it_cannot_do(capsys: pytest.CaptureFixture[
         ((*ONE_STAGE, "objective=infonce"), "InfoNCE needs outputs that the model does not return"),
         ((*ONE_STAGE, "data.template=chatmll"), "data.template is not known"),
         (("experiment=llava_tiny", "stages.instruct.data.template=chatmll"), "stage instruct: data.template is not"),
+        *(
+            ((*ONE_STAGE, f"model.tokenizer.special_tokens={tokens}"), "are no special tokens")
+            for tokens in ("abc", "[a]", "[ab,ab]", "['<|endoftext|>']", "[12]")
+        ),
         ((*ONE_STAGE, "data.template=own"), "the tokenizer brings no chat template"),
         ((*ONE_STAGE, "model.context_length=16"), "does not hold its dialogues"),
         ((*ONE_STAGE, "trainer.micro_batch=0"), "trainer.micro_batch is out of range"),

@@ -16,6 +16,7 @@ from vlm_train.checks.values import LARGEST, MANY, is_name, is_number, is_place,
 STRATEGIES = ("single", "ddp", "fsdp2")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 TEMPLATES = ("plain", "vicuna", "llama3", "chatml", "mistral", "own")
+OWN_TOKENS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")  # of data/tokenizer.py
 EPOCH_ENDS = ("drop", "wrap", "pad_zero_weight")
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -70,6 +71,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     _check_words(config)
     _check_parts(config)
     _check_patch_dropout(config["model"])
+    _check_special_tokens(config["model"]["tokenizer"])
     _check_trainer(config)
     check_data(config["data"], config["trainer"]["global_batch"])
     _check_stages(config["stages"])
@@ -175,6 +177,15 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
     require((config["precision"]["name"], config["strategy"]["name"]) != ("fp16", "fsdp2"),
             "fp16 needs a scaler that a sharded strategy has not", got="precision.name=fp16 strategy.name=fsdp2",
             allowed="fp32, bf16, fp64 with fsdp2", remedy="precision=bf16")  # fmt: skip
+
+
+def _check_special_tokens(tokenizer: Mapping[str, Any]) -> None:
+    tokens = tokenizer.get("special_tokens", [])
+    is_good = isinstance(tokens, list) and all(isinstance(token, str) and len(token) > 1 for token in tokens)
+    require(is_good and len({*tokens, *OWN_TOKENS}) == len(tokens) + len(OWN_TOKENS),
+            "model.tokenizer.special_tokens are no special tokens", got=said(tokens),
+            allowed=f"a list of different texts of two letters or more, none of {', '.join(OWN_TOKENS)}",
+            remedy='model.tokenizer.special_tokens=["<|im_start|>","<|im_end|>"]')  # fmt: skip
 
 
 def _check_stages(stages: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vlm_train.cli.arguments import Arguments
@@ -21,6 +22,7 @@ def main(run: Any, arguments: Arguments) -> int:
     import torch
 
     from vlm_train import build
+    from vlm_train.data.decode import SampleError
     from vlm_train.evaluation.answering import Answerer
     from vlm_train.types import Batch
 
@@ -33,7 +35,12 @@ def main(run: Any, arguments: Arguments) -> int:
                           remedy='to search pictures by text: text="..." images=FOLDER')  # fmt: skip
     asked.max_new_tokens = max_new_tokens
     pixels = torch.from_numpy(_pixels(where, parts.image_spec)).permute(2, 0, 1)[None]
-    for prompt, answer in zip(prompts, asked.answers(Batch(images=pixels), [prompts])[0], strict=True):
+    try:
+        answers = asked.answers(Batch(images=pixels), [prompts])[0]
+    except SampleError as error:
+        raise ConfigError("a prompt is too long for the model", got=error.detail, allowed=error.allowed,
+                          remedy="a shorter prompt=") from None  # fmt: skip
+    for prompt, answer in zip(prompts, answers, strict=True):
         print(f"\n{prompt}\n  {answer}")
     return 0
 
@@ -42,6 +49,8 @@ def _pixels(where: str, image: Any) -> Any:
     """The one picture in `where`, as the model sees it: uint8 [S, S, 3]."""
     from vlm_train.data.gallery import as_seen, open_gallery
 
+    if not Path(where).is_file():
+        raise ConfigError("image= is no file", got=where, allowed="an image file", remedy="image=FILE")
     gallery = open_gallery(where)
     if len(gallery) != 1:
         raise ConfigError("image= is not one picture", got=f"{where}: {len(gallery)} pictures", allowed="a file",

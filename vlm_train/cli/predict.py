@@ -108,6 +108,9 @@ def _embed(run: Any, arguments: Arguments, gallery: Gallery, texts: list[str]) -
 
     device = choose_device(arguments.optional("device"))
     parts = build.load(run.path, checkpoint=choose_checkpoint(run, arguments.optional("checkpoint")))
+    if hasattr(parts.model, "dialogue"):
+        raise ConfigError(f"{type(parts.model).__name__} answers, and does not search", got=f"run={run.path} text=...",
+                          allowed="image=FILE and prompt=TEXT", remedy='image=FILE prompt="..."')  # fmt: skip
     embedder = build.embedder(parts, device)
 
     def load(number: int) -> Any:
