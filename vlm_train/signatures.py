@@ -17,7 +17,7 @@ from vlm_train.checks.values import said
 from vlm_train.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
-# Arguments that build.py passes at run time; they never stand in YAML.
+# Arguments that build.py or a model passes at run time; they never stand in YAML, unless they have a default.
 RUNTIME_ARGUMENTS = {"spec", "texts", "in_dim", "out_dim", "num_patches"}
 _MANY = 2**31 - 1  # each int of a part is a count
 SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -106,8 +106,8 @@ def signature_of(target: str) -> tuple[Parameter, ...]:
     for split in range(len(parts) - 1, 0, -1):
         path = PACKAGE.joinpath(*parts[:split]).with_suffix(".py")
         if path.is_file():
-            found = [item for item in _signature_in(path, parts[split:], target) if item.name not in RUNTIME_ARGUMENTS]
-            return tuple(found)
+            found = _signature_in(path, parts[split:], target)
+            return tuple(item for item in found if not (item.required and item.name in RUNTIME_ARGUMENTS))
     raise ConfigError("_target_ names no module of this package", got=target, allowed="vlm_train.<module>.<Class>")
 
 
