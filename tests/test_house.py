@@ -171,5 +171,6 @@ def test_tests_mirror_the_package() -> None:
 def test_objective_files_and_configs_have_the_same_names() -> None:
     """A config builds what the file of its name holds, or is a weighted sum of such objectives."""
     for path in sorted((ROOT / "conf/objective").glob("*.yaml")):
-        (file,) = re.findall(r"^_target_: vlm_train\.objectives\.(\w+)\.", path.read_text(), re.MULTILINE)
+        named = r"^(?:objective:\n  )?_target_: vlm_train\.objectives\.(\w+)\."
+        (file,) = re.findall(named, path.read_text(), re.MULTILINE)
         assert file in (path.stem, "weighted")

@@ -60,7 +60,7 @@ class AugmentConfig:
     """Random resized crop (share of the area, aspect ratio), mirroring, colours; the last three are probabilities or
     strengths in 0..1."""
 
-    scale: tuple[float, float] = (0.9, 1.0)
+    scale: tuple[float, float] | None = (0.9, 1.0)  # null: no crop, pictures are laid out as in evaluation
     ratio: tuple[float, float] = (0.75, 1.3333333)
     flip: float = 0.0
     color_jitter: float = 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,14 +33,15 @@ Cleaning = Literal["whitespace", "lower", "canonicalize"]
 class ImageSpec:
     """What an image tower wants to be fed. `size` in pixels (square); `mean` and `std` apply to RGB in 0..1.
 
-    `resize`: how evaluation brings an image to `size`: `shortest` (bicubic on the short side, then centre crop: CLIP)
-    or `squash` (bicubic to the square: SigLIP).
+    `resize`: how evaluation brings an image to `size`: `shortest` (bicubic on the short side, then centre crop: CLIP),
+    `squash` (bicubic to the square: SigLIP) or `pad` (made square by borders of the mean colour, then bicubic:
+    LLaVA-1.5).
     """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    resize: Literal["shortest", "squash"] = "shortest"
+    resize: Literal["shortest", "squash", "pad"] = "shortest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,8 @@ class BatchRows(TypedDict, total=False):
     """The fields of a batch that have a row for each sample: what a micro-batch has a slice of."""
 
     images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device. Of dialogues [B, I, 3, S, S]
-    num_images: Tensor  # [B] int64: how many of a dialogue's I images there are
+    num_images: Tensor  # [B] int64: how many of a dialogue's I images there are; each tile is one
+    grids: Tensor  # [B, M, 2] int64: rows and columns of tiles of M pictures, 0 where none is (evaluation with tiles)
     dialogue_ids: Tensor  # [B, T] int64: a dialogue, with a run of IMAGE_ID for each image; padding behind it
     dialogue_labels: Tensor  # [B, T] int64: the token to be told behind each, NO_LABEL where none is
     dialogue_lengths: Tensor  # [B] int64: tokens of each dialogue
@@ -135,12 +137,46 @@ NO_LABEL = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DialogueSpec:
-    """What a generative model wants of a dialogue: at most `context_length` tokens, `num_image_tokens` of them for each
-    of at most `max_images` images."""
+    """What a generative model wants of a dialogue: at most `context_length` tokens, and at most `max_images` pictures.
+
+    A picture is one image to the model, of `num_image_tokens` tokens, or several: at most `max_tiles` tiles of
+    `tile_size` pixels a side, and an overview in front of them (`data.tiles`). 1 is no tiles.
+    """
 
     context_length: int
     num_image_tokens: int
     max_images: int = 1
+    max_tiles: int = 1
+    tile_size: int = 0
+
+    @property
+    def num_places(self) -> int:
+        """The most images of a dialogue, tiles and overviews counted."""
+        return self.max_images * Grid(1, self.max_tiles).num_images
+
+
+class Grid(NamedTuple):
+    """The tiles of a picture, in rows."""
+
+    rows: int
+    columns: int
+
+    @property
+    def num_images(self) -> int:
+        """How many images the picture is to a model: several tiles have an overview in front of them."""
+        num_tiles = self.rows * self.columns
+        return num_tiles + (1 if num_tiles > 1 else 0)
+
+
+WHOLE = Grid(1, 1)
+"""A picture that is one image."""
+
+
+def grids_of(batch: Batch) -> list[tuple[Grid, ...]]:
+    """The pictures of each row of a batch of dialogues."""
+    if "grids" not in batch:
+        return [(WHOLE,) * number for number in batch["num_images"].tolist()]
+    return [tuple(Grid(*grid) for grid in row if grid[0]) for row in batch["grids"].tolist()]
 
 
 Outputs = dict[str, "Tensor"]

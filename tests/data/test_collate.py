@@ -6,10 +6,11 @@ import torch
 from data_fixtures import SPEC, ByteTokenizer, encoded, pixels, train_encoder
 from torch.utils.data import DataLoader
 
-from vlm_train.data import collate
+from vlm_train.data import places
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.decode import SampleError, open_image, sample_uid
-from vlm_train.data.transforms import EvalTransform, TrainTransform, keyed_generator, render
+from vlm_train.data.rendering import render
+from vlm_train.data.transforms import EvalTransform, TrainTransform, keyed_generator
 from vlm_train.imaging import recolour
 from vlm_train.types import RawSample
 
@@ -60,9 +61,9 @@ def test_shapes_and_types():
 
 def test_blank_rows_are_zero_whatever_lay_in_memory(monkeypatch):
     """The room is not cleared beforehand, so here it is full of rubbish."""
-    monkeypatch.setattr(collate, "_room", lambda shape: torch.full(shape, 201, dtype=torch.uint8))
+    monkeypatch.setattr(places, "_room", lambda shape: torch.full(shape, 201, dtype=torch.uint8))
     draft = eval_encoder().draft(3)
-    assert (draft._pixels == 201).all()
+    assert (draft._places._pixels == 201).all()
     draft.put(1, raw_of(1))
     batch = draft.batch(weights=[0, 1, 0], evaluation=True)
     assert not batch["images"][[0, 2]].any() and batch["images"][1].any()

@@ -146,7 +146,7 @@ def of_parts(writer: DialogueEncoder, tokenizer, template: str, turns: list[Turn
     mask = np.array([*learned, *[False] * len(right.ids)][1 : len(right.ids)], dtype=bool)
     labels = np.full(len(right.ids), NO_LABEL)
     labels[:-1] = np.where(mask, right.ids[1:], NO_LABEL)
-    return Encoded(right.ids, labels, right.num_images)
+    return Encoded(right.ids, labels, right.grids)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "vicuna"])

@@ -14,18 +14,19 @@ from data_fixtures import encoded, loader_of, pixels, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_train.data import collate
+from vlm_train.data import places
 from vlm_train.data.convert import convert
 from vlm_train.data.decode import SampleError, open_image
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.pipeline import EvalLoader, TrainLoader
+from vlm_train.data.rendering import render
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.stats import statistics
 from vlm_train.data.steps import Ingredient, StreamSpec, TrainSteps
 from vlm_train.data.streaming import TapeSteps
 from vlm_train.data.tape import read_shard
-from vlm_train.data.transforms import keyed_generator, render
+from vlm_train.data.transforms import keyed_generator
 from vlm_train.imaging import recolour
 from vlm_train.models.connectors.linear import MLPConnector
 from vlm_train.models.generative import GenerativeModel
@@ -88,7 +89,7 @@ def test_images_come_in_the_order_of_their_numbers():
 
 def test_what_a_row_has_not_is_blank_whatever_lay_there(monkeypatch):
     """Room is not cleared beforehand, and a sample whose second image is bad has left its first one there."""
-    monkeypatch.setattr(collate, "_room", lambda shape: torch.full(shape, 201, dtype=torch.uint8))
+    monkeypatch.setattr(places, "_room", lambda shape: torch.full(shape, 201, dtype=torch.uint8))
     bad = toys.parts_of(0, 3)
     bad["2.jpg"] = bad["2.jpg"][:-30]
     draft = toys.encoder(toys.dialogues()).draft(3)

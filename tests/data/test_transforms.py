@@ -11,9 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
+from transformers import LlavaImageProcessor
 
+from vlm_train.data import rendering
 from vlm_train.data.decode import open_image
-from vlm_train.data.transforms import EvalTransform, Plan, TrainTransform, keyed_generator, render
+from vlm_train.data.rendering import render, render_plane
+from vlm_train.data.transforms import EvalTransform, Plan, TrainTransform, keyed_generator
 from vlm_train.errors import ConfigError
 from vlm_train.imaging import recolour
 from vlm_train.types import ImageSpec
@@ -48,6 +51,48 @@ def test_evaluation_is_torchvisions(shape, resize):
     if shape[0] != shape[1]:
         other = evaluated(array, 16, "squash" if resize == "shortest" else "shortest")
         assert np.abs(other.astype(int) - theirs).max() > 10
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (31, 77), (16, 16), (9, 5), (60, 17), (17, 60)])
+def test_padding_to_a_square_is_llavas(shape):
+    """Its image processor, without the values that a model normalises by; both resize as torchvision does."""
+    array, spec = noise(*shape), ImageSpec(size=16, resize="pad")
+    reader = LlavaImageProcessor(do_pad=True, size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    theirs = reader(array, do_rescale=False, do_normalize=False, image_mean=list(spec.mean), return_tensors="np")
+    theirs = theirs["pixel_values"][0].transpose(1, 2, 0).astype(int)
+    difference = np.abs(evaluated(array, 16, "pad") - theirs).max()
+    assert difference == 0
+    if shape[0] != shape[1]:
+        assert np.abs(evaluated(array, 16, "squash") - theirs).max() > 10
+        black = EvalTransform(spec=ImageSpec(size=16, resize="pad", mean=(0.0, 0.0, 0.0)))
+        plan = black.plan(*shape, keyed_generator(0, 0, UID, "image"))
+        assert np.abs(render(array, plan) - theirs).max() > 10
+
+
+@pytest.mark.parametrize("shape", [(9000, 3), (3, 9000), (9000, 5000)])
+def test_a_thin_picture_is_padded_in_little_memory(monkeypatch, shape):
+    """Where its square would have more pixels than a picture may, the borders are put around the resized picture."""
+    array = np.full((*shape[::-1], 3), 200, np.uint8)
+    found = evaluated(array, 16, "pad")
+    monkeypatch.setattr(rendering, "_MAX_FRAMED", 1 << 40)
+    whole = evaluated(array, 16, "pad") if min(shape) == 5000 else None
+    border = np.array(EvalTransform(spec=ImageSpec(size=16)).border)
+    long_side = 1 if shape[0] > shape[1] else 0
+    assert (found.take(0, axis=1 - long_side) == border).all() and (found == 200).all(axis=2).any()
+    if whole is not None:
+        rows = np.abs(found.astype(int) - whole).max(axis=(1, 2))
+        assert (rows[5:11] == 0).all() and 0 < rows.max() <= 64  # where the picture ends; measured 53
+    monkeypatch.undo()
+    with monkeypatch.context() as context:
+        context.setattr(rendering, "_cut", lambda *parts: pytest.fail("borders were put around all pixels"))
+        evaluated(array, 16, "pad")
+
+
+def test_depth_and_boxes_go_with_a_padded_picture():
+    plan = EvalTransform(spec=ImageSpec(size=16, resize="pad")).plan(32, 16, keyed_generator(0, 0, UID, "image"))
+    plane = render_plane(np.ones((16, 32), np.float32), plan)
+    assert plane[0].max() == 0 and plane[8].min() == 1 and plane[4:12].mean() == 1
+    assert plan.box == (0, -8, 32, 32) and plan.min_decoded == (16, 8)
 
 
 @settings(max_examples=60, deadline=None)

@@ -150,7 +150,7 @@ def test_what_was_cut_is_counted():
     )
     assert whole.num_cut == 0 and len(cut.ids) <= 60
     assert len(cut.ids) + cut.num_cut == len(whole.ids)
-    assert Encoded(whole.ids, whole.labels, 1).num_cut == 0
+    assert Encoded(whole.ids, whole.labels, whole.grids).num_cut == 0
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def run(tmp_path_factory):
     found = RunDirectory(tmp_path_factory.mktemp("run"))
     found.create()
     words = ["model=llava_tiny", "objective=next_token", "evaluation=vqa", "data=scenes", "data.template=chatml",
-             "data.system=''", "model.context_length=200", "+model.max_images=2", "trainer.global_batch=8",
+             "data.system=''", "model.context_length=200", "model.max_images=2", "trainer.global_batch=8",
              "model.tokenizer.vocab_size=400"]  # fmt: skip
     OmegaConf.save(compose_config(words), found.config)
     toys.tokenizer().save(str(found.tokenizer))

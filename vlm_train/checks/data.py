@@ -42,6 +42,8 @@ def check_weights(weights: Mapping[str, object]) -> None:
 def _check_augment(augment: Mapping[str, Any]) -> None:
     for key, low, high in (("scale", 0, 1), ("ratio", 1e-3, 1e3)):
         ends = augment[key]
+        if ends is None:
+            continue
         is_pair = len(ends) == 2 and all(map(is_number, ends))
         require(is_pair and low < ends[0] <= ends[1] <= high, f"data.augment.{key} is no range", got=ends,
                 allowed=f"[low, high], {low} < low <= high <= {high}",

@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from vlm_train.data import decode
 from vlm_train.data.decode import EncodedImage, SampleError
-from vlm_train.data.dialogue import DialogueEncoder, Encoded, dialogue_fields
+from vlm_train.data.dialogue import DialogueEncoder, Encoded, dialogue_fields, grid_field
 from vlm_train.data.modalities import reading
-from vlm_train.data.transforms import Plan, Transform, Uniforms, keyed_draw, keyed_generator, render
+from vlm_train.data.places import Places, PlacesAsNeeded
+from vlm_train.data.rendering import render
+from vlm_train.data.tiles import render_tiles
+from vlm_train.data.transforms import Plan, Transform, Uniforms, keyed_draw, keyed_generator
+from vlm_train.errors import ConfigError
 from vlm_train.imaging import recolour
-from vlm_train.types import MODALITIES, Batch, ModalitySpec, RawSample, Tokenizer
+from vlm_train.types import MODALITIES, WHOLE, Batch, Grid, ModalitySpec, RawSample, Tokenizer
 
 _TEXT_MULTIPLE = 8
 
@@ -44,6 +48,10 @@ class SampleEncoder:
         modalities: what a sample brings beside image and text; batches get a field for each, and `there`.
         dialogues: for a model that answers: batches get the `dialogue_` fields and `num_images`, and I = `max_images`
             places for the images of a sample, of which it may have none. Without it a sample's first image is read.
+            With tiles I is as many as a batch needs, and batches of evaluation get `grids`.
+
+    Raises:
+        ConfigError: tiles with a transform that takes parts of images.
     """
 
     def __init__(
@@ -58,7 +66,12 @@ class SampleEncoder:
         dialogues: DialogueEncoder | None = None,
     ) -> None:
         self.transform, self.tokenizer, self.dialogues = transform, tokenizer, dialogues
-        self.num_places = 1 if dialogues is None else dialogues.spec.max_images
+        self.num_places = 1 if dialogues is None else dialogues.spec.num_places
+        self.max_tiles = 1 if dialogues is None else dialogues.spec.max_tiles
+        if self.max_tiles > 1 and transform.whole is None:
+            raise ConfigError("tiles show pictures whole, and this training takes parts of them",
+                              got=f"model.max_tiles={self.max_tiles} and a crop", allowed="tiles, or a crop",
+                              remedy="data.augment.scale=null")  # fmt: skip
         self.colours_later = colours_later
         self.hard_captions, self.contents, self.modalities = hard_captions, contents, tuple(modalities)
 
@@ -84,11 +97,14 @@ class Draft:
 
     def __init__(self, encoder: SampleEncoder, num_rows: int) -> None:
         self._encoder = encoder
-        size, num_places = encoder.transform.size, encoder.num_places
-        self._images = _room((num_rows, num_places, size, size, 3))
-        self._pixels = self._images.numpy()
+        size = encoder.transform.size
+        if encoder.max_tiles > 1:
+            self._places: Places | PlacesAsNeeded = PlacesAsNeeded(num_rows, size)
+        else:
+            self._places = Places(num_rows, encoder.num_places, size)
+        self._num_images = [0] * num_rows
         self._factors = torch.ones(num_rows, 3)
-        self._recolours_later = encoder.colours_later and num_places == 1
+        self._recolours_later = encoder.colours_later and encoder.num_places == 1
         self._uids = [bytes(16)] * num_rows
         self._keys = [""] * num_rows
         self._captions: list[list[str]] = [[] for _ in range(num_rows)]
@@ -100,7 +116,6 @@ class Draft:
         self._draws = torch.zeros(num_rows, dtype=torch.int64)
         self._modalities = {spec.name: reading.room(spec, num_rows) for spec in encoder.modalities}
         self._there = torch.zeros(num_rows, len(MODALITIES), dtype=torch.bool)
-        self._blank = set(range(num_rows))
 
     def put(self, row: int, raw: RawSample, *, seed: int = 0, visit: int | None = None) -> None:
         """Decodes and transforms one record into a row.
@@ -119,7 +134,7 @@ class Draft:
         hard = self._hard_captions(raw, metadata, seed, visit or 0)
         dialogues = self._encoder.dialogues
         dialogue = None if dialogues is None else dialogues.read(raw.parts, metadata, captions[chosen])
-        plan = self._put_images(row, raw, seed, visit or 0)
+        plan, num_images = self._put_images(row, raw, dialogue, seed, visit or 0)
         self._put_modalities(row, raw, metadata, plan)
         self._uids[row], self._keys[row], self._metadata[row] = raw.uid, raw.key, metadata
         self._captions[row], self._chosen[row] = captions, captions[chosen]
@@ -128,7 +143,7 @@ class Draft:
         if self._encoder.contents:
             image = next((raw.parts[name] for name in decode.image_parts(raw.parts)), None)
             self._contents[row] = torch.tensor([_content(image), _content(captions[chosen].encode())])
-        self._blank.discard(row)
+        self._num_images[row] = num_images
 
     def _hard_captions(self, raw: RawSample, metadata: dict[str, Any], seed: int, visit: int) -> list[str]:
         """As many of the `negatives` of KEY.json as are wanted and there, without repetition."""
@@ -152,40 +167,52 @@ class Draft:
             self._there[row, MODALITIES.index(name)] = value is not None
             self._modalities[name][row] = 0 if value is None else torch.from_numpy(value)
 
-    def _put_images(self, row: int, raw: RawSample, seed: int, visit: int) -> Plan | None:
-        """The images of a sample, each by draws of its own; returns the plan of the first one, None without any."""
-        if self._encoder.dialogues is None:
-            images = [decode.first_image(raw.parts)]
+    def _put_images(
+        self, row: int, raw: RawSample, dialogue: Encoded | None, seed: int, visit: int
+    ) -> tuple[Plan | None, int]:
+        """The pictures of a sample, each by draws of its own; returns the plan of the first one, None without any, and
+        how many images they are."""
+        if dialogue is None:
+            pictures, grids = [decode.first_image(raw.parts)], [WHOLE]
         else:
-            images = [raw.parts[name] for name in decode.image_parts(raw.parts)]
+            pictures = [raw.parts[name] for name in decode.image_parts(raw.parts)]
+            grids = list(dialogue.grids)
+        num_images = sum(grid.num_images for grid in grids)
+        squares, start = self._places.of_row(row, num_images), 0
         plans = []
-        for place, data in enumerate(images):
+        for place, (data, grid) in enumerate(zip(pictures, grids, strict=True)):
             uniforms = keyed_generator(seed, visit, raw.uid, f"image {place}" if place else "image")
-            plans.append(self._render(row, place, decode.open_image(data), uniforms))
-        self._pixels[row, len(images) :] = 0
-        return plans[0] if plans else None
+            taken = squares[start : start + grid.num_images]
+            plans.append(self._render(row, taken, decode.open_image(data), grid, uniforms))
+            start += grid.num_images
+        return plans[0] if plans else None, num_images
 
-    def _render(self, row: int, place: int, image: EncodedImage, uniforms: Uniforms) -> Plan:
-        plan = self._encoder.transform.plan(image.width, image.height, uniforms)
+    def _render(
+        self, row: int, squares: NDArray[np.uint8], image: EncodedImage, grid: Grid, uniforms: Uniforms
+    ) -> Plan:
+        """One picture into [N, S, S, 3]: itself or its overview, and its tiles."""
+        transform = self._encoder.transform
+        plan = transform.plan(image.width, image.height, uniforms)
         min_width, min_height = plan.min_decoded
         pixels = image.decode(min_width=min_width, min_height=min_height, fast=not plan.exact)
-        render(pixels, plan, self._pixels[row, place])
+        render(pixels, plan, squares[0])
+        if grid != WHOLE:
+            assert transform.whole is not None
+            render_tiles(image, grid, transform.whole, plan, squares[1:])
         if plan.colours is None:
             return plan
         factors = torch.tensor(plan.colours)
         if self._recolours_later:
             self._factors[row] = factors
         else:
-            view = self._images[row, place][None].permute(0, 3, 1, 2)
+            view = torch.from_numpy(squares[:1]).permute(0, 3, 1, 2)
             view.copy_(recolour(view, factors[None]))
         return plan
 
     def batch(self, *, weights: Sequence[float], evaluation: bool = False) -> Batch:
         """The batch. Shapes as in `types.Batch`; `evaluation` adds `all_captions` and `metadata`."""
-        for row in self._blank:
-            self._pixels[row] = 0
         (text_ids, text_mask), hard = self._texts()
-        images = self._images.permute(0, 1, 4, 2, 3)
+        images = self._places.closed(self._num_images).permute(0, 1, 4, 2, 3)
         labels = [decode.decode_label(metadata) for metadata in self._metadata]
         batch = Batch(
             images=images[:, 0] if self._encoder.num_places == 1 else images,
@@ -209,6 +236,8 @@ class Draft:
             batch["finish"] = self._factors
         if evaluation:
             batch["all_captions"], batch["metadata"] = self._captions, self._metadata
+            if self._encoder.max_tiles > 1:
+                batch["grids"] = grid_field(self._dialogues)
         return batch
 
     def _texts(self) -> tuple[tuple[Tensor, Tensor], Batch]:
@@ -230,11 +259,3 @@ class Draft:
 def _content(part: bytes | None) -> int:
     """63 bits that tell a content. Negative for none alone, since a negative id agrees with nothing."""
     return -1 if part is None else int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "little") >> 1
-
-
-def _room(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised uint8 tensor, in a worker in memory that the trainer's process can map."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -209,8 +209,8 @@ def _next(batches: Any) -> Tensor:
 
 def _operations(steps: TrainSteps) -> list[Any]:
     transform = steps.encoder.transform
-    if not isinstance(transform, TrainTransform):
-        raise DataError("only the training transform has a counterpart in ffcv", got=type(transform).__name__)
+    if not isinstance(transform, TrainTransform) or transform.scale is None:
+        raise DataError("only a random crop has a counterpart in ffcv", got=type(transform).__name__)
     crop = RandomResizedCropRGBImageDecoder((transform.size,) * 2, scale=transform.scale, ratio=transform.ratio)
     return [crop, RandomHorizontalFlip(transform.flip)] if transform.flip else [crop]
 

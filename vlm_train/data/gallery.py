@@ -14,13 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
+from vlm_train.data import tiles
 from vlm_train.data.decode import EncodedImage, decode_captions, decode_metadata, first_image, open_image
 from vlm_train.data.local import regular
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.sources.shards import ShardSource
-from vlm_train.data.transforms import EvalTransform, render
 from vlm_train.errors import DataError
-from vlm_train.types import ImageSpec
+from vlm_train.types import WHOLE, ImageSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -144,6 +144,4 @@ def _nothing(got: str) -> DataError:
 
 def as_seen(image: EncodedImage, spec: ImageSpec) -> np.ndarray:
     """The picture as an image tower with `spec` is shown it in evaluation: uint8 [S, S, 3]. Raises SampleError."""
-    plan = EvalTransform(spec=spec).plan(image.width, image.height, np.random.default_rng(0))
-    min_width, min_height = plan.min_decoded
-    return render(image.decode(min_width=min_width, min_height=min_height), plan)
+    return tiles.as_seen(image, WHOLE, spec)[0]

@@ -1,16 +1,8 @@
 """Pixels of any size to the square an image tower is fed, for training and for evaluation.
 
 A transform first *plans* from the displayed size alone (which box, how large, flipped or not), so that the decoder can
-skip what the plan does not need, and then `render` carries the plan out, into the batch's own memory where asked. No
-mean, no standard deviation: images travel as uint8 and the tower normalises.
-
-Evaluation keeps the arithmetic of torchvision's antialiased bicubic resize (torch's vectorised port of Pillow's kernel,
-equal to it within one grey level; Pillow 13 resizes the rows of a tall image first, so there the clipped overshoot may
-fall elsewhere). Training resizes with OpenCV's bilinear kernel. Where a side shrinks to less than half, the area mean
-comes first: two taps would skip pixels. Over crops of 256-512 px pictures to 224, against evaluation's bicubic and in
-grey levels: bilinear 0.61 in 157 us, area mean 0.51 in 715 us, torchvision's antialiased bilinear 0.61 in 449 us,
-antialiased bicubic 0 in 553 us. It is integer arithmetic, without the vendor library that OpenCV calls on some
-processors for other kernels, so it gives the same bits on all of them.
+skip what the plan does not need, and then `rendering.render` carries the plan out. No mean, no
+standard deviation: images travel as uint8 and the tower normalises.
 
 Randomness is a hash of (seed, visit, uid, stage), a visit being the position in the stream: the same sample at the same
 position has the same pixels on any worker of any rank after any restart.
@@ -22,21 +14,14 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import cv2
-import numpy as np
-import torch
-from torch.nn.functional import interpolate
-
 from vlm_train.errors import ConfigError
-from vlm_train.types import ImageSpec
+from vlm_train.types import WHOLE, Grid, ImageSpec
 
 _NUM_ATTEMPTS = 10
 _BLOCK_WORDS = 8  # 64-bit words in a BLAKE2b digest
-
-cv2.setNumThreads(0)  # a worker has one thread, and OpenCV's pool does not survive a fork
 
 
 class Uniforms(Protocol):
@@ -83,7 +68,8 @@ class Plan:
 
     `box` (left, top, width, height) is cut out and resized to `resized` (width, height); the centre square of `size`
     is kept. `colours`: factors for brightness, contrast, saturation (`imaging.recolour`); None leaves the colours
-    alone. `exact`: evaluation's arithmetic; else training's, which is several times as fast.
+    alone. `exact`: evaluation's arithmetic; else training's, which is several times as fast. `border`: the colour of
+    what lies outside of the image, where `box` reaches beyond it.
     """
 
     width: int
@@ -94,6 +80,7 @@ class Plan:
     exact: bool = False
     flip: bool = False
     colours: tuple[float, float, float] | None = None
+    border: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def min_decoded(self) -> tuple[int, int]:
@@ -106,25 +93,29 @@ class Plan:
 
 
 class Transform(Protocol):
-    """Chooses what to do with an image from its displayed size; `render` does it."""
+    """Chooses what to do with an image from its displayed size; `rendering.render` does it."""
 
     size: int  # S, side of the square in pixels
     recolours: bool  # whether plans may have `colours`
+
+    @property
+    def whole(self) -> EvalTransform | None:
+        """How it lays out whole images; None where it takes parts of them."""
 
     def plan(self, width: int, height: int, generator: Uniforms) -> Plan:
         """What to do with an image of `width` x `height` pixels."""
 
 
 class TrainTransform:
-    """Random resized crop, and where asked a horizontal flip, colour jitter and grey.
+    """Random resized crop, or the whole image as in evaluation, and where asked a flip, colour jitter and grey.
 
     The crop follows torchvision's definition of RandomResizedCrop: an area share from `scale`, an aspect from `ratio`
     (uniform in its logarithm), ten attempts, then the largest centred box within `ratio`.
 
     Args:
         spec: what the image tower wants; its `size` is used.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height of the box.
+        scale: smallest and largest share of the image's area; None is the whole image, laid out as in evaluation.
+        ratio: smallest and largest width / height of the box; not used without a crop.
         flip: probability of mirroring left and right; wrong for captions that say "left".
         color_jitter: brightness, contrast and saturation are each multiplied by a factor in [1 - c, 1 + c].
         grayscale: probability of taking the colours away; wrong for captions that name colours.
@@ -137,34 +128,32 @@ class TrainTransform:
         self,
         *,
         spec: ImageSpec,
-        scale: Sequence[float] = (0.9, 1.0),
+        scale: Sequence[float] | None = (0.9, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         flip: float = 0.0,
         color_jitter: float = 0.0,
         grayscale: float = 0.0,
     ) -> None:
-        _check_range("scale", scale, 1.0)
+        if scale is not None:
+            _check_range("scale", scale, 1.0)
         _check_range("ratio", ratio, math.inf)
         for name, value in (("flip", flip), ("color_jitter", color_jitter), ("grayscale", grayscale)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"transform: `{name}` is out of range", got=value, allowed="0 to 1")
-        self.scale, self.ratio = (scale[0], scale[1]), (ratio[0], ratio[1])
+        self.scale, self.ratio = None if scale is None else (scale[0], scale[1]), (ratio[0], ratio[1])
+        self.whole = EvalTransform(spec=spec) if scale is None else None
         self.size, self.flip, self.color_jitter, self.grayscale = spec.size, flip, color_jitter, grayscale
         self.recolours = color_jitter > 0 or grayscale > 0
 
     def plan(self, width: int, height: int, generator: Uniforms) -> Plan:
         """Draws the box, the flip and the colours, always in that order."""
-        box = self._box(width, height, generator)
+        if self.whole is not None:
+            plan = self.whole.plan(width, height, generator)
+        else:
+            box, resized = self._box(width, height, generator), (self.size, self.size)
+            plan = Plan(width=width, height=height, box=box, resized=resized, size=self.size)
         flip = generator.random() < self.flip
-        return Plan(
-            width=width,
-            height=height,
-            box=box,
-            resized=(self.size, self.size),
-            size=self.size,
-            flip=flip,
-            colours=self._colours(generator) if self.recolours else None,
-        )
+        return replace(plan, flip=flip, colours=self._colours(generator) if self.recolours else None)
 
     def _colours(self, generator: Uniforms) -> tuple[float, float, float]:
         low, high = 1 - self.color_jitter, 1 + self.color_jitter
@@ -172,6 +161,7 @@ class TrainTransform:
         return brightness, contrast, 0.0 if generator.random() < self.grayscale else saturation
 
     def _box(self, width: int, height: int, generator: Uniforms) -> tuple[int, int, int, int]:
+        assert self.scale is not None
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(_NUM_ATTEMPTS):
             area = width * height * _between(*self.scale, generator)
@@ -192,67 +182,45 @@ class EvalTransform:
 
     Args:
         spec: what the image tower wants. `resize: shortest` brings the short side to the size and keeps the centre
-            square, `squash` brings both sides to the size.
+            square, `squash` brings both sides to the size, `pad` does so behind borders of the mean colour that make
+            the image square (`expand2square` of LLaVA-1.5).
     """
 
     def __init__(self, *, spec: ImageSpec) -> None:
         self.size, self.resize, self.recolours = spec.size, spec.resize, False
+        red, green, blue = (int(255 * mean) for mean in spec.mean)
+        self.border = (red, green, blue)
+
+    @property
+    def whole(self) -> EvalTransform:
+        """Itself."""
+        return self
 
     def plan(self, width: int, height: int, generator: Uniforms) -> Plan:
         """The whole image; `generator` is not used."""
-        resized = (self.size, self.size)
-        if self.resize == "shortest":
-            short = min(width, height)
-            resized = (int(self.size * width / short), int(self.size * height / short))
+        plan = self.on_grid(width, height, WHOLE)
+        if self.resize != "shortest":
+            return plan
+        short = min(width, height)
+        return replace(plan, resized=(int(self.size * width / short), int(self.size * height / short)))
+
+    def on_grid(self, width: int, height: int, grid: Grid) -> Plan:
+        """The whole image on a grid of squares, for `rendering.resized`: behind borders where `resize` is pad, else
+        squashed."""
         box = (0, 0, width, height)
-        return Plan(width=width, height=height, box=box, resized=resized, size=self.size, exact=True)
-
-
-def render(pixels: np.ndarray, plan: Plan, out: np.ndarray | None = None) -> np.ndarray:
-    """Decoded pixels uint8 [H, W, 3], at any scale of the planned image, to uint8 [S, S, 3], all of the plan but its
-    colours. `out`: where to write them, contiguous; it is returned."""
-    left, right = _edges(plan.box[0], plan.box[2], plan.width, pixels.shape[1])
-    top, bottom = _edges(plan.box[1], plan.box[3], plan.height, pixels.shape[0])
-    square = np.empty((plan.size, plan.size, 3), np.uint8) if out is None else out
-    (_bicubic if plan.exact else _bilinear)(pixels[top:bottom, left:right], plan, square)
-    return cv2.flip(square, 1, dst=square) if plan.flip else square
-
-
-def render_plane(values: np.ndarray, plan: Plan) -> np.ndarray:
-    """One float32 value for each pixel, [H, W] at any scale of the planned image, to [S, S] where `render` puts the
-    pixels: linear between values, the mean of many where the plan shrinks."""
-    left, right = _edges(plan.box[0], plan.box[2], plan.width, values.shape[1])
-    top, bottom = _edges(plan.box[1], plan.box[3], plan.height, values.shape[0])
-    box, (width, height) = values[top:bottom, left:right], plan.resized
-    shrinks = box.shape[1] > width or box.shape[0] > height
-    resized = cv2.resize(box, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    x, y = round((width - plan.size) / 2), round((height - plan.size) / 2)
-    square = resized[y : y + plan.size, x : x + plan.size]
-    return np.ascontiguousarray(square[:, ::-1] if plan.flip else square)
-
-
-def _bicubic(box: np.ndarray, plan: Plan, out: np.ndarray) -> None:
-    """torchvision's Resize and CenterCrop."""
-    image = torch.from_numpy(box if box.flags.writeable else box.copy()).permute(2, 0, 1)[None]
-    width, height = plan.resized
-    if image.shape[2:] != (height, width):
-        image = interpolate(image, (height, width), mode="bicubic", antialias=True)
-    x, y = round((width - plan.size) / 2), round((height - plan.size) / 2)
-    out[...] = image[0, :, y : y + plan.size, x : x + plan.size].permute(1, 2, 0).numpy()
-
-
-def _bilinear(box: np.ndarray, plan: Plan, out: np.ndarray) -> None:
-    height, width, _ = box.shape
-    if max(width, height) > 2 * plan.size:
-        shrunk = (min(width, plan.size), min(height, plan.size))
-        box = cv2.resize(box, shrunk, interpolation=cv2.INTER_AREA)
-    cv2.resize(box, (plan.size, plan.size), dst=out, interpolation=cv2.INTER_LINEAR)
-
-
-def _edges(start: int, length: int, planned: int, decoded: int) -> tuple[int, int]:
-    """The planned interval in decoded pixels, at least one long."""
-    first = min(round(start * decoded / planned), decoded - 1)
-    return first, max(first + 1, round((start + length) * decoded / planned))
+        if self.resize == "pad":
+            full_width = max(width, -(-height * grid.columns // grid.rows))
+            full_height = max(height, -(-width * grid.rows // grid.columns))
+            box = (-((full_width - width) // 2), -((full_height - height) // 2), full_width, full_height)
+        return Plan(
+            width=width,
+            height=height,
+            box=box,
+            resized=(grid.columns * self.size, grid.rows * self.size),
+            size=self.size,
+            exact=True,
+            border=self.border,
+        )
 
 
 def _between(low: float, high: float, generator: Uniforms) -> float:

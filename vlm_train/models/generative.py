@@ -12,7 +12,7 @@ are exchanged, a rank without an image must not leave the others waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -57,6 +57,8 @@ class GenerativeModel(nn.Module):
         text: the language model.
         context_length: most tokens of a dialogue, those of its images included.
         max_images: most images of a dialogue.
+        max_tiles: most tiles of an image that has more pixels than the tower sees, each of which is one more image to
+            it, with an overview in front of them (`data.tiles`); 1 is no tiles.
         drop_class_token: whether the connector gets the tokens of patches alone.
         feature_layer: where the tower is read: None behind its last norm, -1 before that, -2, as LLaVA reads CLIP, a
             block before. What lies behind is taken out of the tower.
@@ -69,6 +71,8 @@ class GenerativeModel(nn.Module):
     outputs = frozenset({"token_hidden", "token_vocabulary"})
     forward_methods: tuple[str, ...] = ("generate",)
     modalities: tuple[ModalitySpec, ...] = ()
+    part_inputs: Mapping[str, Sequence[str]] = {"connector": ("vision",), "text": ("connector",)}
+    """Part -> the parts whose results it reads: through it come the gradients of those."""
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class GenerativeModel(nn.Module):
         text: CausalLanguageModel,
         context_length: int,
         max_images: int = 1,
+        max_tiles: int = 1,
         drop_class_token: bool = True,
         feature_layer: Layer | None = None,
     ) -> None:
@@ -98,20 +103,27 @@ class GenerativeModel(nn.Module):
         self.image_spec, self.text_spec = vision.image_spec, text.text_spec
         self.normalize = Normalize(self.image_spec)
         self.dialogue = DialogueSpec(
-            context_length=context_length, num_image_tokens=self.tokens_per_image, max_images=max_images
+            context_length=context_length,
+            num_image_tokens=self.tokens_per_image,
+            max_images=max_images,
+            max_tiles=max_tiles,
+            tile_size=self.image_spec.size,
         )
         self._check_context()
 
     def _check_context(self) -> None:
         spec = self.dialogue
-        of_images = spec.max_images * spec.num_image_tokens
+        if spec.max_tiles < 1:
+            raise ConfigError("max_tiles is no number of tiles", got=spec.max_tiles, allowed="1, no tiles, or more",
+                              remedy="model.max_tiles=1")  # fmt: skip
+        of_images = spec.num_places * spec.num_image_tokens
         if not of_images < spec.context_length <= self.text.context:
             raise ConfigError(
                 "the context of a generative model does not hold its dialogues",
                 got=f"context_length={spec.context_length}",
-                allowed=f"more than {of_images}, the tokens of {spec.max_images} images of {spec.num_image_tokens} "
+                allowed=f"more than {of_images}, the tokens of {spec.num_places} images of {spec.num_image_tokens} "
                 f"each, and at most {self.text.context}, the places of the language model",
-                remedy="set model.context_length, model.max_images, or another connector",
+                remedy="set model.context_length, model.max_images, model.max_tiles, or another connector",
             )
 
     @property
@@ -223,13 +235,13 @@ class GenerativeModel(nn.Module):
             x_BTD, lengths_B, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p
         )
 
-    def forward_flops(self, num_text_tokens: float) -> dict[str, float]:
-        """Forward FLOPs of one dialogue by part, 2 per multiply-add; with one image.
+    def forward_flops(self, num_text_tokens: float, num_images: float = 1.0) -> dict[str, float]:
+        """Forward FLOPs of one dialogue by part, 2 per multiply-add.
 
-        `num_text_tokens`: all that the language model reads, the tokens of the image included.
+        `num_text_tokens`: all that the language model reads, the tokens of the images included.
         """
         return {
-            "vision": self.vision.tokens_flops(layer=self.feature_layer),
-            "connector": self.connector.forward_flops(),
+            "vision": num_images * self.vision.tokens_flops(layer=self.feature_layer),
+            "connector": num_images * self.connector.forward_flops(),
             "text": self.text.forward_flops(num_text_tokens),
         }

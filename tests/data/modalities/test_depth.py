@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlm_train.data.decode import SampleError
 from vlm_train.data.modalities.depth import read_depth
-from vlm_train.data.transforms import EvalTransform, Plan, render
+from vlm_train.data.rendering import render
+from vlm_train.data.transforms import EvalTransform, Plan
 from vlm_train.types import ImageSpec
 
 

@@ -64,6 +64,9 @@ def test_image_keys_are_checked() -> None:
     for wrong in ({"sise": 64}, {}, {"size": 64, "means": 1}):
         with pytest.raises(ConfigError, match="wrong or missing key"):
             as_image_spec(wrong)
+    assert as_image_spec({"size": 64, "resize": "pad"}).resize == "pad"
+    with pytest.raises(ConfigError, match="unknown `resize`"):
+        as_image_spec({"size": 64, "resize": "padded"})
 
 
 def test_sizes_and_pools_that_do_not_fit_are_refused() -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from vlm_train.data.decode import MAX_PIXELS, SampleError
 from vlm_train.data.modalities.members import DEPTH
-from vlm_train.data.transforms import Plan, render_plane
+from vlm_train.data.rendering import render_plane
+from vlm_train.data.transforms import Plan
 
 _LARGEST = {"L": 255.0, "I;16": 65535.0}  # by Pillow's name of a grey PNG of 8 and of 16 bits
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from vlm_train.errors import ConfigError
 from vlm_train.types import ImageSpec
 
+RESIZES = ("shortest", "squash", "pad")
+
 
 def as_image_spec(image: ImageSpec | Mapping[str, Any]) -> ImageSpec:
     """`image` as an ImageSpec; a mapping has its keys (`size`, and optionally `mean`, `std`, `resize`).
 
     Raises:
-        ConfigError: a key that ImageSpec does not have, or no `size`.
+        ConfigError: a key that ImageSpec does not have, no `size`, or another `resize` than those it has.
     """
     if isinstance(image, ImageSpec):
         return image
@@ -29,6 +31,9 @@ def as_image_spec(image: ImageSpec | Mapping[str, Any]) -> ImageSpec:
             remedy="image: {size: 224}",
         )
     values: dict[str, Any] = {key: tuple(value) if key in ("mean", "std") else value for key, value in image.items()}
+    if (resize := values.get("resize", RESIZES[0])) not in RESIZES:
+        raise ConfigError("the `image` of a vision tower has an unknown `resize`", got=resize,
+                          allowed=", ".join(RESIZES), remedy="image: {size: 224, resize: squash}")  # fmt: skip
     return ImageSpec(**values)
 
 
