@@ -27,6 +27,8 @@ from vlm_train.data import building
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.dialogue import DialogueEncoder
 from vlm_train.data.indexing import Progress
+from vlm_train.data.picture_files import open_picture
+from vlm_train.data.pieces import inner_of
 from vlm_train.data.pipeline import EvalLoader, TrainLoader
 from vlm_train.data.steps import StreamSpec
 from vlm_train.data.tokenizer import load_tokenizer
@@ -42,7 +44,7 @@ from vlm_train.models.bound_encoder import BoundEncoder
 from vlm_train.objectives.base import Objective, check_outputs
 from vlm_train.objectives.distill import Distill
 from vlm_train.schema import plain, read_config
-from vlm_train.types import DialogueSpec, ImageSpec, Jumps, ModalitySpec, Source, TextSpec, Tokenizer
+from vlm_train.types import DialogueSpec, Evaluator, ImageSpec, Jumps, ModalitySpec, Source, TextSpec, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +192,9 @@ def interface(parts: Parts) -> partial[Any]:
     """What evaluators ask of the model: made of a `model` on a `device`, in the precision that it was trained in."""
     autocast = AUTOCAST.get(parts.config.precision.name)
     if hasattr(parts.model, "dialogue"):
-        return partial(Answerer, dialogues=dialogues(parts), tokenizer=parts.tokenizer, autocast=autocast)
+        written = dialogues(parts)
+        opened = partial(open_picture, dialogue=written.spec, image=parts.image_spec)
+        return partial(Answerer, dialogues=written, tokenizer=parts.tokenizer, autocast=autocast, open_picture=opened)
     return partial(Embedder, tokenizer=parts.tokenizer, autocast=autocast)
 
 
@@ -200,15 +204,20 @@ def embedder(parts: Parts, device: torch.device) -> Embedder:
     return Embedder(model=parts.model.to(device), tokenizer=parts.tokenizer, device=device, autocast=autocast)
 
 
+def evaluators(parts: Parts) -> dict[str, Evaluator]:
+    """The evaluators of the config. Raises ConfigError for one that asks what the model cannot tell, and for a template
+    of dialogues that the tokenizer cannot write."""
+    made = {name: make(node) for name, node in parts.config.evaluation.evaluators.items()}
+    check_asked(made, interface(parts).func, type(parts.model).__name__)
+    return made
+
+
 def evaluation_suite(parts: Parts, placement: Placement) -> EvaluationSuite:
     """The evaluators of the config over its validation split."""
-    config = parts.config
-    data = plain(config.data)
+    data = plain(parts.config.data)
     loader_of = partial(eval_loader, parts, placement=placement)
-    evaluators = {name: make(node) for name, node in config.evaluation.evaluators.items()}
-    check_asked(evaluators, interface(parts).func, type(parts.model).__name__)
     return EvaluationSuite(
-        evaluators=evaluators,
+        evaluators=evaluators(parts),
         loader=loader_of(source=building.eval_source(data)),
         train=building.TrainSplit(data, loader_of),
         tokenizer=parts.tokenizer,
@@ -266,13 +275,13 @@ def _check_teacher(parts: Parts, teacher: Parts, where: str) -> None:
 def skeleton(config: DictConfig) -> Parts:
     """Model and objective without memory, to see whether they can be built and what they hold.
 
-    A tokenizer that is still to be trained stands for one with the vocabulary asked for.
+    For a tokenizer that is still to be trained stands one that has seen no text, with the vocabulary asked for.
     """
     tokenizer: Any = origins.tokenizer(config) or make(config.model.tokenizer)
     if _waits(tokenizer):
         asked = {"vocab_size": 8192, "context_length": 32, **tokenizer.keywords}
         asked.pop("special_tokens", None)  # the vocabulary has room for them
-        tokenizer = SimpleNamespace(spec=TextSpec(pad_id=0, bos_id=1, eos_id=2, **asked))
+        tokenizer = SimpleNamespace(spec=TextSpec(pad_id=0, bos_id=1, eos_id=2, **asked), inner=inner_of(tokenizer([])))
     return network(config, tokenizer, with_values=False)
 
 

@@ -35,6 +35,7 @@ ONE_STAGE = (
     "model=llava_tiny", "objective=next_token", "data=scenes", "data.template=chatml", "trainer.max_steps=5",
     "schedule.warmup_steps=1", "evaluation=none", "precision=fp64",
 )  # fmt: skip
+RETRIEVAL = "vlm_train.evaluation.retrieval.Retrieval"
 MACHINES = {
     "one": (),
     "micro": ("trainer.micro_batch=7",),
@@ -95,7 +96,7 @@ def test_answers_are_measured_beside_the_wrong_picture_and_no_picture(folder: Pa
     assert result["exact_match_shuffled_images"] == result["shuffled_images"]["exact_match"]
     kinds = set(result["exact_match_by_type"])
     assert kinds >= {"color", "count", "existence", "shape"}
-    for control in ("shuffled_images", "blind_prior"):
+    for control in ("shuffled_images", "blind_model", "blind_prior"):
         assert set(result[control]) == {"exact_match", "f1", "accuracy", *kinds}
     assert all(0 <= result[name] <= 100 for name in ("exact_match", "f1", "accuracy"))
     assert any(row["predicted"] for row in result["examples"])
@@ -143,7 +144,7 @@ def test_predict_answers_as_evaluation_heard(folder: Path, capsys: pytest.Captur
         ("predict run=run image=run prompt=what?", "image= is no file"),
         ("predict run=run image=nowhere prompt=what?", "image= is no file"),
         ("predict run=run image=picture.png prompt=what? max_tokens=0", "max_tokens= is no count"),
-        ("predict run=run image=picture.png prompt=what? max_tokens=1000", "does not fit behind its prompt"),
+        ("predict run=run image=picture.png prompt=what? max_tokens=1000", "a prompt is too long"),
         (f"predict run=run image=picture.png prompt={'x.' * 400}", "a prompt is too long"),
         ("evaluate run=run device=cpu evaluation=retrieval", "retrieval asks what GenerativeModel cannot tell"),
         ("evaluate run=clip device=cpu evaluation=vqa", "vqa asks what DualEncoder cannot tell"),
@@ -162,6 +163,11 @@ def test_a_run_is_not_asked_for_what_it_cannot_do(capsys: pytest.CaptureFixture[
         ((*ONE_STAGE, "objective=infonce"), "InfoNCE needs outputs that the model does not return"),
         ((*ONE_STAGE, "data.template=chatmll"), "data.template is not known"),
         (("experiment=llava_tiny", "stages.instruct.data.template=chatmll"), "stage instruct: data.template is not"),
+        (("experiment=llava_tiny", "stages.instruct.data.template=own"), "stage stage-02-instruct: template=own"),
+        (
+            ("experiment=llava_tiny", f"+stages.instruct.evaluation.evaluators.mine._target_={RETRIEVAL}"),
+            "stage stage-02-instruct: the evaluator mine asks",
+        ),
         *(
             ((*ONE_STAGE, f"model.tokenizer.special_tokens={tokens}"), "are no special tokens")
             for tokens in ("abc", "[a]", "[ab,ab]", "['<|endoftext|>']", "[12]")

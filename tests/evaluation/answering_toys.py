@@ -11,12 +11,15 @@ from embedding_toys import batches
 
 from vlm_train.distributed import collectives
 from vlm_train.errors import DataError
+from vlm_train.evaluation.answering import Pictures, Reply
 from vlm_train.evaluation.vqa import VisualQuestions, YesNo
 from vlm_train.types import Batch
 
 COLORS = ["red", "blue", "red", "green", "red", "blue", "red", "red", "green", "blue", "red"]
 NUM = len(COLORS)
 WITHOUT = (3, 10)  # pictures without questions
+BLANK = 255  # the number of a picture without anything
+TOO_LONG = "once upon a time"  # how a question begins that does not fit
 
 
 def asked(question: str, answer: str | list[str], kind: str | None = None) -> dict:
@@ -61,14 +64,27 @@ class Toy:
         self.say = say
         self.calls: list[int] = []
 
-    def answers(self, batch: Batch, questions: Sequence[Sequence[str]]) -> list[list[str]]:
+    def answers(self, batch: Batch, questions: Sequence[Sequence[str]], **options: int) -> list[list[Reply]]:
         pixels = batch["images"][:, 0, 0, 0].tolist()
-        assert len(questions) == len(pixels)
-        self.calls.append(int(collectives.all_reduce_sum(torch.tensor(sum(map(len, questions))))))
+        assert len(questions) == len(pixels) == len(batch["num_images"])
+        self.count(sum(map(len, questions)))
         return [
-            [self.say(pixel, metadata, text) for text in texts]
+            [self.reply(pixel, metadata, text) for text in texts]
             for pixel, metadata, texts in zip(pixels, batch["metadata"], questions, strict=True)
         ]
+
+    def blind_answers(self, questions: Sequence[tuple[str, Pictures]]) -> list[Reply]:
+        """As of a picture that is none of the split."""
+        self.count(len(questions))
+        return [self.reply(BLANK, {"qa": []}, text) for text, grids in questions]
+
+    def count(self, num: int) -> None:
+        self.calls.append(int(collectives.all_reduce_sum(torch.tensor(num))))
+
+    def reply(self, picture: int, metadata: dict, question: str) -> Reply:
+        if question.startswith(TOO_LONG):
+            return DataError("dialogue_too_long", got=f"{len(question)} tokens")
+        return self.say(picture, metadata, question)
 
 
 def oracle(picture: int, metadata: dict, question: str) -> str:
@@ -79,6 +95,8 @@ def oracle(picture: int, metadata: dict, question: str) -> str:
 
 def seeing(picture: int, metadata: dict, question: str) -> str:
     """Sees only the picture, whose pixels say which one it is, and in it only colors."""
+    if picture == BLANK:
+        return "yes"
     if "red" in question:
         return "Yes, it is." if COLORS[picture] == "red" else "No, it is not."
     return f"{COLORS[picture]}." if "color" in question else "I cannot tell"
@@ -93,7 +111,9 @@ def blind(split: list[dict]) -> Say:
 
 
 def split_of(metadata: list[dict], batch_size: int) -> Iterator[Batch]:
-    return batches([[]] * len(metadata), batch_size, metadata=metadata)
+    for batch in batches([[]] * len(metadata), batch_size, metadata=metadata):
+        batch["num_images"] = torch.ones(len(batch["keys"]), dtype=torch.int64)
+        yield batch
 
 
 def all_results() -> list:

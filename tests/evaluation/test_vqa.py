@@ -196,13 +196,15 @@ SPLITS = st.lists(st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from("rst
 def test_controls_are_those_of_the_whole_split_however_it_is_cut(split: list, batch_size: int) -> None:
     metadata = [{"qa": [asked(question, answer) for question, answer in rows]} for rows in split]
     shown = {n: Counter(answer for _, answer in rows).most_common(1)[0][0] for n, rows in enumerate(split) if rows}
-    result = run(lambda picture, metadata, question: shown[picture], metadata, batch_size)
+    result = run(lambda picture, metadata, question: shown.get(picture, "t"), metadata, batch_size)
     ring = dict(zip(shown, [*list(shown)[1:], next(iter(shown))], strict=True))
     rows = [(n, question, answer) for n, part in enumerate(split) for question, answer in part]
     right = [answer == shown[n] for n, _, answer in rows]
     wrong_picture = [answer == shown[ring[n]] for n, _, answer in rows]
     assert result["exact_match"] == pytest.approx(100 * sum(right) / len(rows))
     assert result["exact_match_shuffled_images"] == pytest.approx(100 * sum(wrong_picture) / len(rows))
+    of_blank = [answer == "t" for _, _, answer in rows]
+    assert result["blind_model"]["exact_match"] == pytest.approx(100 * sum(of_blank) / len(rows))
 
 
 def test_scenes_have_questions_for_both_evaluators() -> None:

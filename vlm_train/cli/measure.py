@@ -110,7 +110,7 @@ def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, resul
     from omegaconf import OmegaConf
 
     from vlm_train.data.gallery import ShardGallery
-    from vlm_train.engine.callbacks.evaluate import record
+    from vlm_train.engine.callbacks.evaluate import keep_pictures, record
     from vlm_train.engine.callbacks.pictures import draw_examples, retrieval_examples
     from vlm_train.engine.report import write_report
     from vlm_train.engine.rundir import read_lines, write_atomic
@@ -118,6 +118,7 @@ def _record(run: RunDirectory, config: DictConfig, suite: EvaluationSuite, resul
     others = [row for row in read_lines(run.history) if row["step"] != step or row["name"] not in results]
     write_atomic(run.history, "".join(json.dumps(row) + "\n" for row in others))
     record(run, step, results)
+    keep_pictures(run, suite)
     examples = retrieval_examples(suite)
     if examples is not None:
         data: Any = OmegaConf.to_container(config.data)

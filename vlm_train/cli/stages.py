@@ -55,13 +55,15 @@ def _word(change: tuple[str, Any]) -> str:
 
 
 def check_handover(stages: Stages) -> None:
-    """Builds every stage without memory and refuses weights that the next one cannot take. Raises ConfigError."""
+    """Builds every stage without memory and refuses weights that the next one cannot take, and what a stage would
+    refuse only when its turn comes. Raises ConfigError."""
     from vlm_train import build, origins
 
     previous: tuple[str, build.Parts] | None = None
     for name, config in stages.items():
         with told_of(name):
             parts = build.skeleton(config)
+            build.evaluators(parts)
             if previous is not None:
                 before, whose = previous[1], f"stage {previous[0]}"
                 origins.check_same_tokenizer(config, before.config)

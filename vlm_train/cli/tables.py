@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str =
 def describe(name: str, result: Mapping[str, Any]) -> list[str]:
     """A result of an evaluator as lines: a row for each score, then controls and counts."""
     header, rows = cells(scores_of(result), interval=".2f")
-    lines = table([name, *header], rows)
+    lines = table([name, *header], rows) if rows else [f"  {name}"]
     facts = [f"{key.replace('_', ' ')} {value:.2f}" for key, value in controls_of(result).items()]
     facts += [f"{value:,} {key.replace('_', ' ')}" for key, value in counts_of(result).items()]
     facts += [f"step {result['step']:,}"] if "step" in result else []

@@ -17,6 +17,7 @@ import yaml
 
 from vlm_train.engine import report_page as page
 from vlm_train.engine.charts import Chart, Series, number, share
+from vlm_train.engine.prompts_page import prompt_cards
 from vlm_train.engine.rundir import RunDirectory, read_lines, write_atomic
 from vlm_train.engine.scores import cells, controls_of, counts_of, scores_of
 from vlm_train.locations import in_texts, scrubbed
@@ -53,6 +54,7 @@ def render_report(run: RunDirectory) -> str:
     media = run.media
     body = [
         page.section("Results", *_tables(history)),
+        page.section("Answers over steps", prompt_cards(history, media)),
         page.section("What texts find", page.picture(media / "retrieval_grid.png", _ALT["retrieval_grid"])),
         page.section("Training", _training_charts(metrics, _restarts(events))),
         page.section("Evaluation over steps", _evaluation_charts(history)),
@@ -125,6 +127,8 @@ def _headline(history: Rows) -> Iterable[tuple[str, str]]:
 def _tables(history: Rows) -> list[str]:
     tables = []
     for row in _newest(history):
+        if not scores_of(row):
+            continue
         header, lines = cells(scores_of(row), interval=".1f")
         facts = [f"{key.replace('_', ' ')} {value:.1f}" for key, value in controls_of(row).items()]
         facts += [f"{value:,} {key.replace('_', ' ')}" for key, value in counts_of(row).items()]

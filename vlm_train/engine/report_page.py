@@ -33,6 +33,19 @@ dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:12p
 dt{color:var(--muted);font-size:13px}
 dd{margin:0;overflow-wrap:anywhere}
 .tables,.charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));align-items:start}
+.prompts{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.prompt{display:grid;grid-template-columns:auto 1fr;gap:6px 14px;align-content:start}
+.prompt .asked{overflow-wrap:anywhere;align-self:center}
+.prompt .asked:first-child{grid-column:1/-1}
+.prompt .wanted span,.prompt .dim{color:var(--muted)}
+.prompt .wanted{font-size:13px;margin-top:2px}
+.prompt .thumbnails{display:flex;flex-wrap:wrap;gap:6px;max-width:210px}
+.prompt img{display:block;width:96px;height:96px;object-fit:contain;border-radius:6px;border:1px solid var(--line);
+background:#fff;image-rendering:pixelated}
+.prompt table{grid-column:1/-1;align-self:start;display:block;max-height:290px;overflow-y:auto}
+.prompt tbody,.prompt thead{display:table;width:100%;table-layout:fixed}
+.prompt th:first-child,.prompt td:first-child{width:116px;color:var(--muted)}
+.prompt th,.prompt td{text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding-bottom:6px}
@@ -77,7 +90,7 @@ h1{font-size:24px}.lead b{font-size:21px}.lead div{padding:10px}
 .lead{grid-template-columns:repeat(auto-fit,minmax(104px,1fr))}
 .plot{padding-left:46px}
 .ys{width:40px}.xs{left:46px}}
-@media print{figure,.card,details{break-inside:avoid}}
+@media print{figure,.card,details{break-inside:avoid}.prompt table{max-height:none}}
 """
 
 

@@ -1,9 +1,13 @@
 """The questions of a split, asked of a model.
 
 Questions are the `qa` of KEY.json, [{question, answer or answers, type}]; several answers are those of several people
-to one question. Each is asked of its own picture and, as a control, of the next picture in the split, with all that the
-next sample has besides. The last picture of a batch or of a rank has a next one too, so where these end changes
-nothing.
+to one question. Each is asked about the images of its own sample, all of them; of a sample of text alone about none.
+
+Two controls ask it of others: the next sample in the split, with all that this has besides (the last one of a batch or
+of a rank has a next one too, so where these end changes nothing), and blank images in place of its own. The second asks
+each different question once, since the answer is the same wherever it stands.
+
+A question that cannot be asked, because it and its images do not fit the model, counts as answered wrongly.
 """
 
 from __future__ import annotations
@@ -16,12 +20,18 @@ from typing import Any, NamedTuple, Protocol
 
 from vlm_train.distributed import collectives
 from vlm_train.errors import ConfigError, DataError, nearest
+from vlm_train.evaluation.answering import MAX_NEW_TOKENS, Pictures, Reply
 from vlm_train.evaluation.answers import normalise
 from vlm_train.evaluation.base import check_counts, counted
-from vlm_train.types import Batch
+from vlm_train.log import get_logger
+from vlm_train.types import Batch, Grid, grids_of, rank_share
+
+LOG = get_logger(__name__)
 
 UNTYPED = "untyped"
 """The type of a question whose dataset names none."""
+
+_MAX_NAMED = 20  # questions that the log names
 
 _FORM = '`qa`: [{"question": TEXT, "answer": TEXT or "answers": [TEXT], "type": TEXT}]'
 
@@ -29,9 +39,14 @@ _FORM = '`qa`: [{"question": TEXT, "answer": TEXT or "answers": [TEXT], "type": 
 class Answer(Protocol):
     """Questions about pictures to texts. Collective."""
 
-    def answers(self, batch: Batch, questions: Sequence[Sequence[str]]) -> list[list[str]]:
-        """An answer to each question; `questions` holds a list for each row of the batch, about the picture of that
-        row. Lists may be empty, and differ in length between rows and between ranks."""
+    def answers(
+        self, batch: Batch, questions: Sequence[Sequence[str]], *, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> list[list[Reply]]:
+        """A reply to each question; `questions` holds a list for each row of the batch, about the images of that row.
+        Lists may be empty, and differ in length between rows and between ranks."""
+
+    def blind_answers(self, questions: Sequence[tuple[str, Pictures]]) -> list[Reply]:
+        """A reply to each question, about blank pictures with these tiles. Ranks may ask unequally many."""
 
 
 class Question(NamedTuple):
@@ -44,7 +59,7 @@ class Question(NamedTuple):
 
 
 Told = list[tuple[Question, list[str]]]
-"""Questions with what was answered: one text, or several that are equally likely, of which none is no answer."""
+"""Questions with what was answered: one text, several that are equally likely, or none, which is never right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +97,18 @@ class Choice:
 
 @dataclass(slots=True)
 class Asked:
-    """What this rank asked: questions with the answers to their `own` picture; as many, not always the same ones, with
-    those to the next picture, `shuffled`. `images`: pictures that were asked about, in all ("") and by type."""
+    """What this rank asked: questions with the answers about their `own` images; as many, not always the same ones,
+    with those about the next sample's, `shuffled`; and its own with those about blank ones, `blank`. `images`: samples
+    that were asked about, in all ("") and by type. `num_unanswerable`: own questions of all ranks that could not be
+    asked."""
 
     own: Told = field(default_factory=list)
     shuffled: Told = field(default_factory=list)
+    blank: Told = field(default_factory=list)
     images: Counter[str] = field(default_factory=Counter)
+    num_unanswerable: int = 0
+    grids: list[Pictures] = field(default_factory=list)  # the tiles of the pictures of each own question
+    refused: list[str] = field(default_factory=list)  # own questions of this rank that could not be asked, and why
     types: Counter[str] = field(default_factory=Counter)  # of all questions that could be asked
     first: tuple[Batch, int] | None = None  # the first picture: the one before it lies on another rank
     last: list[Question] = field(default_factory=list)
@@ -111,7 +132,8 @@ def questions_of(metadata: dict[str, Any]) -> list[Question]:
 
 
 def ask(answerer: Answer, batches: Iterator[Batch], choice: Choice, *, what: str) -> Asked:
-    """Asks each picture its own questions and those of the picture before it, in one call for a batch. Collective.
+    """Asks each sample its own questions and those of the sample before it, in one call for a batch, and then all of
+    them about blank images. Collective.
 
     Args:
         answerer: the model.
@@ -134,12 +156,14 @@ def ask(answerer: Answer, batches: Iterator[Batch], choice: Choice, *, what: str
                 asked.first = asked.first or (batch, row)
                 asked.images.update({"", *(question.kind for question in own[row])})
         texts = [[question.text for question in [*mine, *others]] for mine, others in zip(own, before, strict=True)]
-        for mine, others, told in zip(own, before, answerer.answers(batch, texts), strict=True):
-            asked.own += _told(mine, told[: len(mine)])
-            asked.shuffled += _told(others, told[len(mine) :])
+        for row, replies in enumerate(answerer.answers(batch, texts)):
+            _keep(asked, batch, row, own[row], replies)
+            asked.shuffled += _told(before[row], replies[len(own[row]) :])
     _check(asked, batch, choice, what)
     assert batch is not None
     _close_ring(answerer, asked, batch)
+    _ask_blind(answerer, asked)
+    _tell_refused(asked)
     return asked
 
 
@@ -162,8 +186,42 @@ def _chosen_or_none(asked: Asked, batch: Batch, row: int, choice: Choice) -> lis
     return choice.among(found, batch["keys"][row])
 
 
-def _told(questions: Iterable[Question], answers: Iterable[str]) -> Told:
-    return [(question, [answer]) for question, answer in zip(questions, answers, strict=True)]
+def _keep(asked: Asked, batch: Batch, row: int, questions: Sequence[Question], replies: Sequence[Reply]) -> None:
+    """What the own questions of a row were answered."""
+    mine = replies[: len(questions)]
+    asked.own += _told(questions, mine)
+    asked.grids += [grids_of(batch)[row]] * len(questions)
+    asked.refused += [
+        f"{batch['keys'][row]} ({reply.what}: {reply.got})" for reply in mine if isinstance(reply, DataError)
+    ]
+
+
+def _told(questions: Iterable[Question], replies: Iterable[Reply]) -> Told:
+    rows = zip(questions, replies, strict=True)
+    return [(question, [] if isinstance(reply, DataError) else [reply]) for question, reply in rows]
+
+
+def _ask_blind(answerer: Answer, asked: Asked) -> None:
+    """Each different question of all ranks is asked once, by one of them."""
+    mine = [(question.text, tuple(grids)) for (question, _), grids in zip(asked.own, asked.grids, strict=True)]
+    parts = collectives.gather_objects(sorted(set(mine)))
+    different = sorted({(text, tuple(Grid(*grid) for grid in grids)) for part in parts for text, grids in part})
+    start, stop = rank_share(len(different), collectives.rank(), collectives.world_size())
+    replies = answerer.blind_answers(different[start:stop])
+    said = [[] if isinstance(reply, DataError) else [reply] for reply in replies]
+    known = dict(zip(different, [row for part in collectives.gather_objects(said) for row in part], strict=True))
+    asked.blank = [(question, known[key]) for (question, _), key in zip(asked.own, mine, strict=True)]
+
+
+def _tell_refused(asked: Asked) -> None:
+    """One line of the log for all of them."""
+    refused = [row for part in collectives.gather_objects(asked.refused) for row in part]
+    asked.num_unanswerable = len(refused)
+    if refused and collectives.rank() == 0:
+        named = list(dict.fromkeys(refused))
+        more = f", and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+        LOG.warning("%d questions cannot be asked of this model and count as wrong: %s%s", len(refused),
+                    ", ".join(named[:_MAX_NAMED]), more)  # fmt: skip
 
 
 def _check(asked: Asked, batch: Batch | None, choice: Choice, what: str) -> None:

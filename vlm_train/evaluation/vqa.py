@@ -1,8 +1,8 @@
 """How well questions about pictures are answered in words.
 
-Two controls stand beside every score. `shuffled_images`: the same questions, asked of the next picture in the split.
-`blind_prior`: what a reader answers who never sees a picture (`answers.BlindReader`). A model that does not beat both
-has not looked.
+Three controls stand beside every score. `shuffled_images`: the same questions, asked of the next picture in the split.
+`blind_model`: the model itself, asked with blank pictures. `blind_prior`: what a reader answers who never sees a
+picture (`answers.BlindReader`). A model that does not beat all of them has not looked.
 
 Credits are added up over ranks as integers, so any number of ranks gives the same result, to the last bit, given equal
 answers. Where several guesses are equally good, each counts its share.
@@ -56,22 +56,24 @@ class VisualQuestions:
 
         Returns:
             `exact_match` (with any of the answers), `f1` of the words, `accuracy` (VQA's, where people may disagree);
-            `exact_match_by_type`; the controls `shuffled_images` and `blind_prior`, of each of these, and their exact
-            match, `exact_match_shuffled_images` and `text_blind_prior`; `interval_95`, pictures as trials;
-            `num_questions`, `num_images`; `examples` [{question, answer, predicted}].
+            `exact_match_by_type`; the controls `shuffled_images`, `blind_model` and `blind_prior`, of each of these,
+            and the exact match of two, `exact_match_shuffled_images` and `text_blind_prior`; `interval_95`, pictures as
+            trials; `num_questions`, `num_images`; `num_unanswerable` questions that the model could not be asked, which
+            count as wrong; `examples` [{question, answer, predicted}].
 
         Raises:
             DataError: as `questions.ask`.
         """
         asked = ask(embedder, batches, self.choice, what="questions with answers")
-        (scores, by_type), (shuffled, shuffled_by_type), (blind, blind_by_type) = (
-            _credits(told) for told in (asked.own, asked.shuffled, _blind(asked.own))
+        (scores, by_type), (shuffled, shuffled_by_type), (blank, blank_by_type), (blind, blind_by_type) = (
+            _credits(told) for told in (asked.own, asked.shuffled, asked.blank, _blind(asked.own))
         )
         trials = sum_by_name(asked.images)
         return {
             **scores,
             "exact_match_by_type": by_type,
             "shuffled_images": {**shuffled_by_type, **shuffled},
+            "blind_model": {**blank_by_type, **blank},
             "blind_prior": {**blind_by_type, **blind},
             "exact_match_shuffled_images": shuffled["exact_match"],
             "text_blind_prior": blind["exact_match"],
@@ -81,6 +83,7 @@ class VisualQuestions:
             },
             "num_questions": sum(collectives.gather_objects(len(asked.own))),
             "num_images": trials[""],
+            "num_unanswerable": asked.num_unanswerable,
             "examples": _examples(asked.own),
         }
 
@@ -107,24 +110,26 @@ class YesNo:
 
         Returns:
             `accuracy`; `precision`, `recall` and `f1` of yes; `yes_ratio`, the share answered by yes;
-            `accuracy_by_type`; `chance`, a fair coin's of each; the controls `shuffled_images`, of each, and
-            `blind_prior`, of the accuracies; `interval_95` of the accuracies, pictures as trials; `num_questions`,
-            `num_images`; `num_yes` whose answer is yes; `num_neither` that were answered by neither.
+            `accuracy_by_type`; `chance`, a fair coin's of each; the controls `shuffled_images` and `blind_model`, of
+            each, and `blind_prior`, of the accuracies; `interval_95` of the accuracies, pictures as trials;
+            `num_questions`, `num_images`; `num_unanswerable`, see `VisualQuestions`; `num_yes` whose answer is yes;
+            `num_neither` that were answered by neither.
 
         Raises:
             DataError: as `questions.ask`.
         """
         asked = ask(embedder, batches, self.choice, what="questions that are answered by yes or no")
-        counts, shuffled = _yes_no_counts(asked.own), _yes_no_counts(asked.shuffled)
+        counts = _yes_no_counts(asked.own)
         scores = _percent_of(counts.scores())
-        by_type, shuffled_by_type = _right_by_type(asked.own), _right_by_type(asked.shuffled)
+        by_type = _right_by_type(asked.own)
         blind = _blind(asked.own)
         trials = sum_by_name(asked.images)
         return {
             **scores,
             "accuracy_by_type": by_type,
             "chance": {**dict.fromkeys(by_type, 50.0), **_percent_of(coin_scores(counts.yes / counts.num))},
-            "shuffled_images": {**shuffled_by_type, **_percent_of(shuffled.scores())},
+            "shuffled_images": _yes_no_scores(asked.shuffled),
+            "blind_model": _yes_no_scores(asked.blank),
             "blind_prior": {**_right_by_type(blind), **_means([("accuracy", _right(row)) for row in blind])},
             "interval_95": {
                 "accuracy": interval_95(scores["accuracy"], trials[""]),
@@ -132,6 +137,7 @@ class YesNo:
             },
             "num_questions": counts.num,
             "num_images": trials[""],
+            "num_unanswerable": asked.num_unanswerable,
             "num_yes": counts.yes,
             "num_neither": counts.neither,
         }
@@ -171,8 +177,15 @@ def _right_by_type(told: Told) -> dict[str, float]:
 
 def _yes_no_counts(told: Told) -> YesNoCounts:
     """Of all ranks."""
-    mine = YesNoCounts.of((bool(yes_or_no(question.answer)), yes_or_no(said[0])) for question, said in told)
+    mine = YesNoCounts.of(
+        (bool(yes_or_no(question.answer)), yes_or_no(said[0]) if said else None) for question, said in told
+    )
     return YesNoCounts(**sum_by_name(mine._asdict()))
+
+
+def _yes_no_scores(told: Told) -> dict[str, float]:
+    """All scores of a control in percent, the accuracies by type among them."""
+    return {**_right_by_type(told), **_percent_of(_yes_no_counts(told).scores())}
 
 
 def _means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -195,6 +208,7 @@ def _intervals(by_type: Mapping[str, float], trials: Mapping[str, int]) -> dict[
 
 
 def _examples(own: Told) -> list[dict[str, str]]:
-    """The first questions of the split."""
-    mine = [{"question": q.text, "answer": q.answer, "predicted": said[0]} for q, said in own[:_NUM_EXAMPLES]]
+    """The first questions of the split that were asked."""
+    rows = [(question, said[0]) for question, said in own if said][:_NUM_EXAMPLES]
+    mine = [{"question": question.text, "answer": question.answer, "predicted": text} for question, text in rows]
     return [row for part in collectives.gather_objects(mine) for row in part][:_NUM_EXAMPLES]

@@ -11,6 +11,7 @@ from vlm_train.distributed import collectives
 from vlm_train.engine.bad_samples import record_errors
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.rundir import RunDirectory, append_line, write_atomic
+from vlm_train.evaluation.fixed_prompts import FixedPrompts
 from vlm_train.log import get_logger
 from vlm_train.types import Batch
 
@@ -41,6 +42,7 @@ class Evaluate(lightning.Callback):
         num_errors = record_errors(self.run, step, "val", self.suite.errors)
         if collectives.rank() == 0:
             record(self.run, step, results)
+            keep_pictures(self.run, self.suite)
         if num_errors:
             LOG.warning(
                 "%d validation samples could not be read and were left out: %s", num_errors, self.run.data_errors
@@ -52,3 +54,14 @@ def record(run: RunDirectory, step: int, results: dict[str, dict[str, Any]]) -> 
     for name, result in results.items():
         write_atomic(run.evals / f"{name}.json", json.dumps({"step": step, **result}, indent=2) + "\n")
         append_line(run.history, {"step": step, "name": name, **result})
+
+
+def keep_pictures(run: RunDirectory, suite: EvaluationSuite) -> None:
+    """What fixed prompts are about, for the report: media/prompt-NAME.png. One that cannot be written is a warning, as
+    of every picture."""
+    for evaluator in suite.evaluators.values():
+        for name, png in evaluator.pictures.items() if isinstance(evaluator, FixedPrompts) else ():
+            try:
+                (run.media / f"prompt-{name}.png").write_bytes(png)
+            except OSError as error:
+                LOG.warning("a picture was not written: %s", error)
