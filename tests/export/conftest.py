@@ -13,8 +13,9 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import Tensor
 
+from vlm_train.data.rendering import render
 from vlm_train.data.tokenizer import BytePairTokenizer, HuggingFaceTokenizer
-from vlm_train.data.transforms import EvalTransform, render
+from vlm_train.data.transforms import EvalTransform
 from vlm_train.export.certificate import Prepare
 from vlm_train.models.dual_encoder import DualEncoder
 from vlm_train.models.text.transformer import TextTransformer

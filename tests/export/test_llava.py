@@ -17,11 +17,12 @@ from torch import Tensor
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.certificate import TOLERANCE, Prepare
 from vlm_train.export.folders import compare, export_model, read_model
-from vlm_train.export.llava import LlavaInTransformers, their_processor, their_tokenizer
+from vlm_train.export.llava import LlavaInTransformers, their_processor
 from vlm_train.export.llava_config import is_unread
 from vlm_train.export.rules import rules_for
+from vlm_train.export.speaking import their_tokenizer
 from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
-from vlm_train.models.connectors.perceiver import PerceiverConnector
+from vlm_train.models.connectors.pixel_shuffle import PixelShuffleConnector
 from vlm_train.models.generative import GenerativeModel
 from vlm_train.models.vision.vit import ConvVisionTransformer
 from vlm_train.types import ImageSpec, Tokenizer
@@ -269,7 +270,7 @@ def test_the_token_of_images_is_never_an_answer(tokenizer: Tokenizer, out: Path)
     [
         ({"feature_layer": None}, "feature_layer=None"),
         ({"connector": partial(MLPConnector, num_layers=3)}, "MLPConnector of 3 layers"),
-        ({"connector": partial(PerceiverConnector, num_latents=4)}, "PerceiverConnector"),
+        ({"connector": PixelShuffleConnector}, "PixelShuffleConnector"),
         ({"vision": {"pre_norm": False}}, "'pool': 'cls', 'pre_norm': False"),
         ({"vision": {"pool": "mean"}}, "'pool': 'mean', 'pre_norm': True"),
         ({"vision": ConvVisionTransformer}, "ConvVisionTransformer"),

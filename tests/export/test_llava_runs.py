@@ -1,4 +1,4 @@
-"""`vlm-train export` and `import` of a model that answers: LLaVA comes in as a run, and goes out bit for bit."""
+"""`vlm-train export` and `import` of models that answer: LLaVA and Idefics2 come in as runs, and go out bit for bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idefics2_toys import make_idefics
 from llava_toys import answering, make_model, words
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,10 +26,11 @@ from vlm_train.schema import check, read_config
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`llava`, as `export` writes it, and a picture."""
+    """`llava` and `idefics2`, as `export` writes them, and a picture."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = words()
-    export_model(answering(make_model(tokenizer), tokenizer), target="transformers", out=home / "llava", verify=False)
+    for name, model in (("llava", make_model(tokenizer)), ("idefics2", make_idefics(tokenizer))):
+        export_model(answering(model, tokenizer), target="transformers", out=home / name, verify=False)
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(home / "one.png")
     return home
 
@@ -43,11 +45,12 @@ def certificate(printed: str) -> list[float]:
     return [float(text) for text in re.findall(r"largest difference of .+? (\d\.\de[-+]\d+)", printed)]
 
 
-def test_a_llava_becomes_a_run_that_answers_and_goes_out_bitwise(
-    home: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["llava", "idefics2"])
+def test_it_becomes_a_run_that_answers_and_goes_out_bitwise(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = home / "runs" / "imported" / "llava"
-    assert main(["import", "from=llava", f"out={run}"]) == 0
+    run = home / "runs" / "imported" / name
+    assert main(["import", f"from={name}", f"out={run}"]) == 0
     printed = capsys.readouterr().out
     found = certificate(printed)
     assert len(found) == 2 and found[0] < 1e-5 and found[1] < 1.5, printed  # logits measured 3.1e-6
@@ -55,14 +58,14 @@ def test_a_llava_becomes_a_run_that_answers_and_goes_out_bitwise(
     assert read_config(run).data.template == "chatml" and 'image=FILE prompt="..."' in printed
     assert main(["predict", f"run={run}", "image=one.png", "prompt=what?", "device=cpu", "max_tokens=4"]) == 0
     assert "what?" in capsys.readouterr().out
-    out = home / "llava-again"
+    out = home / f"{name}-again"
     assert main(["export", f"run={run}", f"out={out}"]) == 0
     printed = capsys.readouterr().out
     assert certificate(printed)[0] < 1e-5 and "AutoModelForImageTextToText" in printed
-    theirs, again = load_file(home / "llava" / "model.safetensors"), load_file(out / "model.safetensors")
+    theirs, again = load_file(home / name / "model.safetensors"), load_file(out / "model.safetensors")
     assert theirs.keys() == again.keys() and all(torch.equal(theirs[key], again[key]) for key in theirs)
-    assert json.loads((home / "llava" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
-    assert (home / "llava" / "chat_template.jinja").read_text() == (out / "chat_template.jinja").read_text()
+    assert json.loads((home / name / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert (home / name / "chat_template.jinja").read_text() == (out / "chat_template.jinja").read_text()
 
 
 def test_a_training_starts_from_an_imported_llava(home: Path) -> None:

@@ -15,25 +15,28 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
-from vlm_train.models import connectors
+from vlm_train.models.connectors.attention import SelfAttentionConnector
+from vlm_train.models.connectors.base import Connector
+from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
+from vlm_train.models.connectors.perceiver import PerceiverConnector
+from vlm_train.models.connectors.pixel_shuffle import PixelShuffleConnector
+from vlm_train.models.connectors.qformer import QFormerConnector
 
 IN, OUT, PATCHES, IMAGES = 24, 40, 16, 3
 TEXT = {"hidden_size": OUT, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
 Weights = dict[str, Tensor]
 
-CONNECTORS: dict[str, Callable[..., connectors.Connector]] = {
-    "linear": connectors.LinearConnector,
-    "mlp": connectors.MLPConnector,
-    "attention": partial(connectors.SelfAttentionConnector, num_heads=4),
-    "pixel_shuffle": connectors.PixelShuffleConnector,
-    "perceiver": partial(
-        connectors.PerceiverConnector, num_latents=5, num_heads=4, head_dim=12, num_kv_heads=2, latent_std=0.5
-    ),
-    "qformer": partial(connectors.QFormerConnector, num_queries=5, num_layers=3, num_heads=4, width=32),
+CONNECTORS: dict[str, Callable[..., Connector]] = {
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "attention": partial(SelfAttentionConnector, num_heads=4),
+    "pixel_shuffle": PixelShuffleConnector,
+    "perceiver": partial(PerceiverConnector, num_latents=5, num_heads=4, head_dim=12, num_kv_heads=2, latent_std=0.5),
+    "qformer": partial(QFormerConnector, num_queries=5, num_layers=3, num_heads=4, width=32),
 }
 
 
-def make(name: str, **changes: Any) -> connectors.Connector:
+def make(name: str, **changes: Any) -> Connector:
     torch.manual_seed(0)
     return CONNECTORS[name](**{"in_dim": IN, "out_dim": OUT, "num_patches": PATCHES, **changes})
 
@@ -79,7 +82,7 @@ def renamed(names: dict[str, str], theirs: Weights) -> Weights:
     return ours
 
 
-Case = tuple[connectors.Connector, nn.Module, Callable[[Tensor], Tensor], Callable[[Weights], Weights]]
+Case = tuple[Connector, nn.Module, Callable[[Tensor], Tensor], Callable[[Weights], Weights]]
 
 
 def llava() -> Case:
@@ -96,6 +99,25 @@ def shuffled(config: type, connector: type) -> Case:
     return ours, theirs, theirs, lambda state: {"project.weight": state["modality_projection.proj.weight"]}
 
 
+def perceiver_names(state: Weights) -> Weights:
+    """Of Idefics2's connector, of any depth."""
+    ours = {"resampler.query": state["perceiver_resampler.latents"]}
+    ours["resampler.norm_last.weight"] = state["perceiver_resampler.norm.weight"]
+    places = {"project.": "modality_projection."}
+    for layer in range(sum(name.endswith("k_proj.weight") for name in state)):
+        block, other = f"resampler.blocks.{layer}.", f"perceiver_resampler.layers.{layer}."
+        places[f"{block}mlp."] = f"{other}mlp."
+        ours[f"{block}norm_query.weight"] = state[f"{other}input_latents_norm.weight"]
+        ours[f"{block}norm_context.weight"] = state[f"{other}input_context_norm.weight"]
+        ours[f"{block}norm_mlp.weight"] = state[f"{other}post_attention_layernorm.weight"]
+        q, k, v, out = (state[f"{other}self_attn.{part}_proj.weight"] for part in "qkvo")
+        ours |= {f"{block}attention.query.weight": q, f"{block}attention.out.weight": out}
+        ours[f"{block}attention.key_value.weight"] = torch.cat([k, v])
+    for place, other in places.items():
+        ours |= {f"{place}{part}.weight": state[f"{other}{part}_proj.weight"] for part in ("gate", "up", "down")}
+    return ours
+
+
 def idefics2() -> Case:
     perceiver = {
         "hidden_size": OUT,
@@ -107,25 +129,7 @@ def idefics2() -> Case:
     }
     config = Idefics2Config(vision_config={"hidden_size": IN}, text_config=TEXT, perceiver_config=perceiver)
     theirs = drawn(Idefics2Connector(config))
-
-    def rename(state: Weights) -> Weights:
-        ours = {"resampler.query": state["perceiver_resampler.latents"]}
-        ours["resampler.norm_last.weight"] = state["perceiver_resampler.norm.weight"]
-        places = {"project.": "modality_projection."}
-        for layer in range(3):
-            block, other = f"resampler.blocks.{layer}.", f"perceiver_resampler.layers.{layer}."
-            places[f"{block}mlp."] = f"{other}mlp."
-            ours[f"{block}norm_query.weight"] = state[f"{other}input_latents_norm.weight"]
-            ours[f"{block}norm_context.weight"] = state[f"{other}input_context_norm.weight"]
-            ours[f"{block}norm_mlp.weight"] = state[f"{other}post_attention_layernorm.weight"]
-            q, k, v, out = (state[f"{other}self_attn.{part}_proj.weight"] for part in "qkvo")
-            ours |= {f"{block}attention.query.weight": q, f"{block}attention.out.weight": out}
-            ours[f"{block}attention.key_value.weight"] = torch.cat([k, v])
-        for place, other in places.items():
-            ours |= {f"{place}{part}.weight": state[f"{other}{part}_proj.weight"] for part in ("gate", "up", "down")}
-        return ours
-
-    return make("perceiver", mlp_dim=56), theirs, lambda x: theirs(x, torch.ones(x.shape[:2])), rename
+    return make("perceiver", mlp_dim=56), theirs, lambda x: theirs(x, torch.ones(x.shape[:2])), perceiver_names
 
 
 class Blip2Queries(nn.Module):

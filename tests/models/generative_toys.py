@@ -67,7 +67,9 @@ def draw_weights(module: nn.Module) -> None:
             parameter.copy_((parameter.ndim < 2) + drawn)
 
 
-def make_batch(layout: tuple[tuple[int, int], ...] = ((1, 9), (0, 7), (2, 12), (0, 1), (1, 3))) -> Batch:
+def make_batch(
+    layout: tuple[tuple[int, int], ...] = ((1, 9), (0, 7), (2, 12), (0, 1), (1, 3)), size: int = SIZE
+) -> Batch:
     """A dialogue for each (images, words): its first word, the images, the rest. What is told is its second half."""
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([words + NUM_TOKENS * images for images, words in layout])
@@ -80,7 +82,7 @@ def make_batch(layout: tuple[tuple[int, int], ...] = ((1, 9), (0, 7), (2, 12), (
         told = slice(len(full) - max(1, words // 2), len(full))
         labels[row, told.start - 1 : told.stop - 1] = full[told]
     num_images = torch.tensor([images for images, _ in layout])
-    shape = (len(layout), int(num_images.max().clamp(min=1)), 3, SIZE, SIZE)
+    shape = (len(layout), int(num_images.max().clamp(min=1)), 3, size, size)
     return Batch(
         images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         num_images=num_images,
@@ -114,6 +116,26 @@ def loss(model: GenerativeModel, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of what is to be told."""
     labels = batch["dialogue_labels"]
     return nn.functional.cross_entropy(logits(model, batch).flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def largest(mine: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert mine.keys() == other.keys()
+    return max((mine[name] - other[name]).abs().max().item() for name in mine)
+
+
+def as_theirs(model: GenerativeModel, batch: Batch) -> dict[str, Tensor]:
+    """The fields of transformers' LLaVA: pixels of the images that are there, labels under the tokens themselves."""
+    there = torch.arange(batch["images"].shape[1]) < batch["num_images"][:, None]
+    return {
+        "input_ids": batch["dialogue_ids"].masked_fill(batch["dialogue_ids"] == IMAGE_ID, IMAGE_TOKEN),
+        "attention_mask": real(batch).long(),
+        "pixel_values": model.normalize(batch["images"][there]),
+        "labels": nn.functional.pad(batch["dialogue_labels"], (1, 0), value=NO_LABEL)[:, :-1],
+    }
 
 
 def hugging_face_llava(feature_layer: int) -> transformers.LlavaForConditionalGeneration:

@@ -22,11 +22,12 @@ USAGE = """usage: vlm-train export run=RUN out=DIR [format=NAME] [verify=false] 
 
 Writes config, weights (safetensors), tokenizer, preprocessing and a model card, then loads the folder with the other
 library and measures how far its features, logits and pixels are from the trained model's. A difference is an error.
-A generative model becomes LLaVA, with its dialogues as a chat template.
+A generative model becomes LLaVA or, with a perceiver, Idefics2; its dialogues become a chat template.
 
   run=RUN            {run}
   out=DIR            a new or empty folder
-  format=NAME        transformers (CLIPModel, SiglipModel, LLaVA) or open_clip; transformers if left out
+  format=NAME        transformers (CLIPModel, SiglipModel, LLaVA, Idefics2) or open_clip; transformers if
+                     left out
   verify=false       write without loading and comparing
   checkpoint=PATH    {checkpoint}"""
 
@@ -35,6 +36,7 @@ NEXT = {
     "transformers": 'transformers.AutoModel.from_pretrained("{out}")',
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{out}")',
     "llava": 'transformers.AutoModelForImageTextToText.from_pretrained("{out}")',
+    "idefics2": 'transformers.AutoModelForImageTextToText.from_pretrained("{out}")',
 }
 FORMATS = ("transformers", "open_clip")
 
@@ -130,7 +132,8 @@ def preparation(parts: Parts) -> Prepare:
     """What evaluation makes of a picture: uint8 pixels [3, S, S]."""
     import numpy as np
 
-    from vlm_train.data.transforms import EvalTransform, render
+    from vlm_train.data.rendering import render
+    from vlm_train.data.transforms import EvalTransform
 
     transform, unused = EvalTransform(spec=parts.image_spec), np.random.default_rng(0)
     return lambda picture: render(

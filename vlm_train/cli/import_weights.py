@@ -27,8 +27,8 @@ USAGE = """usage: vlm-train import from=PATH out=DIR [architecture=NAME] [tokeni
 Reads weights (never code), config and tokenizer, writes them as a finished run, then runs the other library beside it
 and measures how far features and logits are from its own. A difference is an error.
 
-  from=PATH          a folder of transformers (CLIPModel, SiglipModel, LLaVA) or open_clip, or a file of open_clip's
-                     weights
+  from=PATH          a folder of transformers (CLIPModel, SiglipModel, LLaVA, Idefics2) or open_clip, or a file of
+                     open_clip's weights
   out=DIR            a new or empty folder; evaluate, predict and export take it as run=DIR
   architecture=NAME  of a file: its name in open_clip, such as ViT-B-32-quickgelu
   tokenizer=PATH     a folder with the tokenizer, where the model comes without
@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
     from transformers.utils import logging
 
     from vlm_train.engine.rundir import RunDirectory
-    from vlm_train.export.folders import read_model
+    from vlm_train.export.folders import KINDS, read_model
 
     logging.disable_progress_bar()
     foreign = read_model(source, arguments.optional("architecture"))
@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
     if tokenizer is None:
         print(f"imported without a tokenizer: {missing}; evaluate and predict need one: import with tokenizer=PATH")
         return 0
-    asking = 'image=FILE prompt="..."' if foreign.family == "llava" else 'text="..." images=FOLDER out=grid.png'
+    asking = 'image=FILE prompt="..."' if foreign.family in KINDS else 'text="..." images=FOLDER out=grid.png'
     print(f"next: vlm-train predict run={run.path} {asking}")
     return 0
 
@@ -182,7 +182,9 @@ def _config(run: RunDirectory, foreign: Foreign, trained: Trained | Answering, t
 
 def _choices(foreign: Foreign, trained: Trained | Answering, template: list[str] | None) -> list[str]:
     """What a training of such a model would do, as words of a command."""
-    if foreign.family != "llava":
+    from vlm_train.export.answers import Answering
+
+    if not isinstance(trained, Answering):
         return ["objective=sigmoid" if "logit_bias" in trained.objective else "objective=infonce"]
     return ["objective=next_token", "evaluation=vqa", *(["data.template=vicuna"] if template is None else template)]
 

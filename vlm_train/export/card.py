@@ -93,15 +93,15 @@ def model_card(
 ANSWERING = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [llava, vlm-train]
+tags: [{tag}, vlm-train]
 ---
-# LLaVA, trained with vlm-train
+# {title}, trained with vlm-train
 
 | | |
 |---|---|
 | image | {size} x {size} pixels, {resize}, {num_image_tokens} tokens each |
 | dialogue | at most {context_length} tokens, {max_images} images |
-| image tower | read at layer {layer}; what lies behind changes nothing and is never read |
+| image tower | read {place} |
 | language model | {language}, {vocab_size} tokens |
 | parameters | {num_parameters:,} |
 
@@ -119,22 +119,26 @@ print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 
 {certificate} The licence of the weights follows from the data they were trained on.
 """
+TITLES = {"llava": "LLaVA", "idefics2": "Idefics2"}
 SAME_LOGITS = """Certificate: on a few dialogues the logits of transformers differ from those of the trained model by at
 most {logits:.1e}."""
 
 
-def answering_card(trained: Answering, certificate: Certificate | None) -> str:
+def answering_card(trained: Answering, family: str, certificate: Certificate | None) -> str:
     """The card's text for a generative model exported to transformers."""
     model = trained.model
     language: Any = model.text.network
     said = NOT_CERTIFIED.format(library="transformers")
+    layer = f"at layer {model.feature_layer}; what lies behind changes nothing and is never read"
     return ANSWERING.format(
         size=model.image_spec.size,
         resize=RESIZE[model.image_spec.resize],
         num_image_tokens=model.tokens_per_image,
         context_length=model.dialogue.context_length,
         max_images=model.dialogue.max_images,
-        layer=model.feature_layer,
+        tag=family,
+        title=TITLES[family],
+        place="behind its last norm" if model.feature_layer is None else layer,
         language=language.config.model_type,
         vocab_size=model.text.vocab_size,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from vlm_train.assets import resolve_asset
 from vlm_train.errors import ConfigError
-from vlm_train.export import hf, llava, openclip
+from vlm_train.export import hf, idefics2, llava, openclip, speaking
 from vlm_train.export.answers import Answering, certify_answers
 from vlm_train.export.card import answering_card, model_card
 from vlm_train.export.certificate import Certificate, Library, Prepare, Trained, certify
 from vlm_train.export.foreign import Foreign, read_config
+from vlm_train.export.speaking import Kind
+from vlm_train.models.connectors.perceiver import PerceiverConnector
+from vlm_train.models.generative import GenerativeModel
 
 Format = Literal["transformers", "open_clip"]
 
@@ -22,7 +25,9 @@ READERS: dict[str, Callable[[Path], Library]] = {
     hf.NAME: hf.TransformersModel,
     openclip.NAME: openclip.OpenClipModel.from_folder,
 }
-"""Of dual encoders; a generative model is LLaVA, which only transformers has."""
+"""Of dual encoders; only transformers has generative models."""
+KINDS: dict[str, Kind] = {kind.family: kind for kind in (llava.KIND, idefics2.KIND)}
+"""Of generative models, by the `model_type` of transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +65,7 @@ def export_model(
     """
     reference = trained.reference()
     if isinstance(reference, Answering):
-        return _export_llava(reference, target=target, out=out, verify=verify, prepare=prepare)
+        return _export_answers(reference, target=target, out=out, verify=verify, prepare=prepare)
     if verify and target == openclip.NAME:
         openclip.open_clip()
     family = WRITERS[target](reference, out)
@@ -78,18 +83,24 @@ def export_model(
     )
 
 
-def _export_llava(
+def _export_answers(
     reference: Answering, *, target: Format, out: Path, verify: bool, prepare: Prepare | None
 ) -> ExportReport:
     if target != hf.NAME:
         raise ConfigError(
             f"{target} has no model that answers", got=f"format={target}", allowed=hf.NAME, remedy=f"format={hf.NAME}"
         )
-    family = llava.write(reference, out)
-    certificate = certify_answers(reference, llava.LlavaInTransformers(out), prepare=prepare) if verify else None
-    (out / "README.md").write_text(answering_card(reference, certificate), encoding="utf-8")
+    kind = kind_of(reference.model)
+    speaking.write(kind, reference, out)
+    certificate = certify_answers(reference, kind.library(out), prepare=prepare) if verify else None
+    (out / "README.md").write_text(answering_card(reference, kind.family, certificate), encoding="utf-8")
     num_parameters = sum(parameter.numel() for parameter in reference.model.parameters())
-    return ExportReport(family=family, num_parameters=num_parameters, certificate=certificate)
+    return ExportReport(family=kind.family, num_parameters=num_parameters, certificate=certificate)
+
+
+def kind_of(model: GenerativeModel) -> Kind:
+    """The class of transformers that may hold `model`: its connector decides."""
+    return idefics2.KIND if isinstance(model.connector, PerceiverConnector) else llava.KIND
 
 
 def compare(trained: Trained | Answering, library: Any, *, prepare: Prepare | None = None) -> Certificate:
@@ -123,5 +134,7 @@ def read_model(path: str, architecture: str | None = None) -> Foreign:
     if is_open_clip:
         return openclip.read(local, architecture)
     config, processor = read_config(location)
-    read = llava.read if config.model_type == llava.FAMILY else hf.read
-    return read(location, config, processor)
+    kind = KINDS.get(config.model_type)
+    if kind is None:
+        return hf.read(location, config, processor)
+    return speaking.read(kind, location, config, processor)

@@ -16,22 +16,29 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
-from vlm_train.export.hf import FROM_TRANSFORMERS, our_tower, their_tower
-from vlm_train.export.towers import Node, generative_node, image_node, not_expressible, not_readable, shape_of
+from vlm_train.export.hf import FROM_TRANSFORMERS, our_tower
+from vlm_train.export.speaking_config import (
+    CLIP,
+    SIGLIP,
+    architecture_of,
+    grown,
+    model_rows,
+    text_config,
+    vision_keys,
+)
+from vlm_train.export.towers import Node, generative_node, image_node, not_expressible, not_readable
 from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
 from vlm_train.models.generative import GenerativeModel
 from vlm_train.models.language import FAMILIES, num_positions
 from vlm_train.models.vision.pretrained import TOKEN_TOWERS, HuggingFaceVision
-from vlm_train.models.vision.vit import VisionTransformer
-from vlm_train.types import ImageSpec, TextSpec
+from vlm_train.types import ImageSpec
 
 FAMILY: Final = "llava"
-_CLIP, _SIGLIP = {"pool": "cls", "pre_norm": True}, {"pool": "mean", "pre_norm": False}
 _SECOND = "model.multi_modal_projector.linear_2."
 _REMEDY = (
     "train with VisionTransformer (pool=cls with pre_norm, or pool=mean without) or HuggingFaceVision of CLIP or "
-    "SigLIP, MLPConnector of 2 layers or LinearConnector, and feature_layer=-2 or -1; other models answer through "
-    "`vlm-train predict`"
+    "SigLIP, MLPConnector of 2 layers or LinearConnector, and feature_layer=-2 or -1, or as Idefics2 with "
+    "PerceiverConnector; other models answer through `vlm-train predict`"
 )
 _ALLOWED = (
     f"a tower of CLIP or SigLIP, two linears with biases, a language model of {', '.join(FAMILIES)}, one feature layer"
@@ -40,37 +47,29 @@ _ALLOWED = (
 
 def check(model: GenerativeModel) -> None:
     """Refuses a model that LLaVA does not hold. Raises ConfigError that names each part that stands in the way."""
-    vision, connector, resize = model.vision, model.connector, model.image_spec.resize
+    connector, resize = model.connector, model.image_spec.resize
     linears = f" of {len(connector.layers[::2])} layers" if isinstance(connector, MLPConnector) else ""
     rows = [
-        (f"vision {type(vision).__name__}", type(vision) in (VisionTransformer, HuggingFaceVision),
-         "VisionTransformer or HuggingFaceVision"),
+        *model_rows(model, allowed=(CLIP, SIGLIP)),
         (f"feature_layer={model.feature_layer}", model.feature_layer is not None, "a layer, without the last norm"),
         (f"connector {type(connector).__name__}{linears}",
          isinstance(connector, MLPConnector) and len(connector.layers[::2]) in (1, 2),
          "MLPConnector of 2 layers, or LinearConnector"),
         (f"resize={resize}", resize in ("shortest", "squash"), "shortest or squash"),
     ]  # fmt: skip
-    if type(vision) is VisionTransformer:
-        kind = {"pool": vision.pool, "pre_norm": vision.pre_norm is not None}
-        rows.append((f"vision {kind}", kind in (_CLIP, _SIGLIP), f"{_CLIP} or {_SIGLIP}"))
     if not all(fits for _, fits, _ in rows):
         raise not_expressible("LlavaForConditionalGeneration of transformers", rows, remedy=_REMEDY)
 
 
-def config_of(model: GenerativeModel, *, image_id: int) -> LlavaConfig:
-    """The config that describes `model` with the token `image_id` for images, for which it may get a row more. Raises
-    ConfigError."""
+def config_of(model: GenerativeModel, image_id: int) -> LlavaConfig:
+    """See `Kind.config_of`."""
     check(model)
     assert model.feature_layer is not None
-    vision: Any = model.vision
-    text: Any = copy.deepcopy(model.text.network.config)
-    text.vocab_size = max(model.text.vocab_size, image_id + 1)
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         dtype="float32",
-        vision_config=_vision_config(vision),
-        text_config=text,
+        vision_config=_vision_config(model.vision),
+        text_config=text_config(model, image_id),
         image_token_index=image_id,
         image_seq_length=model.tokens_per_image,
         vision_feature_layer=model.feature_layer,
@@ -91,11 +90,7 @@ def _vision_config(vision: Any) -> Any:
         if config.model_type == "siglip_vision_model":
             config.vision_use_head = False
         return config
-    keys = their_tower(shape_of(vision.blocks)) | {
-        "num_hidden_layers": vision.num_layers,
-        "image_size": vision.image_spec.size,
-        "patch_size": vision.patch_size,
-    }
+    keys = vision_keys(vision)
     return CLIPVisionConfig(**keys) if vision.has_class_token else SiglipVisionConfig(**keys, vision_use_head=False)
 
 
@@ -120,9 +115,10 @@ def node_of(config: Any, image: ImageSpec) -> Node:
         raise not_readable("this LLaVA", wrong, allowed=_ALLOWED)
     return generative_node(
         vision={"image": image_node(image), "patch_size": vision.patch_size, **our_tower(vision),
-                **(_CLIP if is_clip else _SIGLIP)},
+                **(CLIP if is_clip else SIGLIP)},
         connector=MLPConnector if config.projector_hidden_act == "gelu" else LinearConnector,
-        text=_architecture(text),
+        options={},
+        text=architecture_of(text),
         rest={
             "context_length": num_positions(text),
             "max_images": 1,
@@ -138,29 +134,10 @@ def feature_layer(config: Any) -> int:
     return layer if layer < 0 else layer - config.vision_config.num_hidden_layers - 1
 
 
-def _architecture(text: Any) -> dict[str, Any]:
-    left_out = ("vocab_size", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-    return {key: value for key, value in text.to_diff_dict().items() if key not in left_out}
-
-
-def spec_of(config: Any) -> TextSpec:
-    """What the language model of a LlavaConfig reads."""
-    text = config.text_config
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    eos_id = text.vocab_size - 1 if ends[0] is None else int(ends[0])
-    return TextSpec(
-        vocab_size=text.vocab_size,
-        context_length=num_positions(text),
-        pad_id=eos_id if text.pad_token_id is None else text.pad_token_id,
-        bos_id=text.bos_token_id,
-        eos_id=eos_id,
-    )
-
-
 def filled(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: Any) -> dict[str, Tensor]:
     """The tensors of a model of ours with those that LLaVA has beside them: rows for the token of images, where a
     connector is one linear a second one that changes nothing, and layers that are not read, which change nothing."""
-    result = {name: _grown(tensor, shapes[name]) for name, tensor in state.items()}
+    result = {name: grown(tensor, shapes[name]) for name, tensor in state.items()}
     for name, shape in shapes.items():
         if name in result:
             continue
@@ -169,12 +146,6 @@ def filled(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config
         is_norm = "norm" in name and name.endswith("weight")
         result[name] = torch.eye(shape[0]) if is_second else torch.full(shape, float(is_norm))
     return result
-
-
-def _grown(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """With rows of the mean below it: as an embedding they are never read, and as logits never the largest."""
-    missing = shape[0] - len(tensor) if shape else 0
-    return torch.cat([tensor, tensor.mean(dim=0, keepdim=True).expand(missing, -1)]) if missing else tensor
 
 
 def read_part(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:

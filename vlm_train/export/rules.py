@@ -1,9 +1,10 @@
-"""Names of tensors: ours <-> transformers (CLIPModel, SiglipModel, LLaVA) <-> open_clip, without arithmetic.
+"""Names of tensors: ours <-> transformers (CLIPModel, SiglipModel, LLaVA, Idefics2) <-> open_clip, without arithmetic.
 
-A family is a list of rules, each "our tensor <-> theirs", of five kinds:
+A family is a list of rules, each "our tensor <-> theirs", of six kinds:
 
     copy       the same tensor
     split      our packed q, k, v rows <-> two or three tensors
+    halves     our packed k, v rows <-> two tensors
     transpose  a linear's [out, in] <-> a matrix multiplied from the right [in, out]
     scalar     our [1] <-> a 0-dimensional tensor
     batch      ours <-> the same behind a dimension of size 1
@@ -16,16 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.lora import plain_names
 from vlm_train.models.vision.vit import VisionTransformer
 
-Family = Literal["clip", "siglip", "open_clip", "open_clip_timm", "llava"]
-"""`clip`, `siglip` and `llava` are transformers' names; `open_clip` is open_clip with its own image tower,
+Family = Literal["clip", "siglip", "open_clip", "open_clip_timm", "llava", "idefics2"]
+"""`clip`, `siglip`, `llava` and `idefics2` are transformers' names; `open_clip` is open_clip with its own image tower,
 `open_clip_timm` with a SigLIP tower of timm."""
 
 BLOCK_IN_TRANSFORMERS = {
@@ -34,6 +36,13 @@ BLOCK_IN_TRANSFORMERS = {
     "attention.out": "self_attn.out_proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
+}
+PERCEIVER_IN_TRANSFORMERS = {
+    "norm_query": "input_latents_norm",
+    "norm_context": "input_context_norm",
+    "norm_mlp": "post_attention_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.out": "self_attn.o_proj",
 }
 BLOCK_IN_OPEN_CLIP = {
     "norm1": "ln_1",
@@ -54,11 +63,12 @@ BLOCK_IN_TIMM = {
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One of our tensors and where it goes; `theirs` has two or three names under `split`, one otherwise."""
+    """One of our tensors and where it goes; `theirs` has two names under `halves`, two or three under `split`, one
+    otherwise."""
 
     ours: str
     theirs: tuple[str, ...]
-    kind: Literal["copy", "split", "transpose", "scalar", "batch"] = "copy"
+    kind: Literal["copy", "split", "halves", "transpose", "scalar", "batch"] = "copy"
 
     def forth(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Our tensor as theirs."""
@@ -66,6 +76,8 @@ class Rule:
             third = len(tensor) // 3
             sizes = [third] * 3 if len(self.theirs) == 3 else [third, 2 * third]
             return tuple(part.contiguous() for part in tensor.split(sizes))
+        if self.kind == "halves":
+            return tuple(part.contiguous() for part in tensor.chunk(2))
         if self.kind == "transpose":
             return (tensor.t().contiguous(),)
         if self.kind == "batch":
@@ -74,7 +86,7 @@ class Rule:
 
     def back(self, *tensors: Tensor) -> Tensor:
         """Their tensors as ours."""
-        if self.kind == "split":
+        if self.kind in ("split", "halves"):
             return torch.cat(tensors)
         if self.kind == "transpose":
             return tensors[0].t().contiguous()
@@ -85,10 +97,12 @@ class Rule:
 
 def rules_for(model: nn.Module, family: Family, *, with_bias: bool = False) -> list[Rule]:
     """Every rule of `family` for a model of this depth. `with_bias`: open_clip's models may have a logit bias or not;
-    transformers' CLIPModel has none and its SiglipModel always one. `model`: GenerativeModel for `llava`, otherwise
-    DualEncoder."""
+    transformers' CLIPModel has none and its SiglipModel always one. `model`: GenerativeModel for `llava` and
+    `idefics2`, otherwise DualEncoder."""
     if family == "llava":
         return _llava_rules(model)
+    if family == "idefics2":
+        return _idefics2_rules(model)
     assert isinstance(model, DualEncoder)
     num_vision, num_text = len(model.vision.blocks), len(model.text.blocks)  # type: ignore[attr-defined]
     if family in ("clip", "siglip"):
@@ -139,30 +153,63 @@ def _clip_front(vision: str) -> list[Rule]:
     ]
 
 
-def _llava_rules(model: nn.Module) -> list[Rule]:
-    """A tower that was made by transformers, and every language model, have its names already, behind another
-    prefix."""
-    vision, connector = "model.vision_tower.", "model.multi_modal_projector."
-    prefixes = {"vision.network.": vision, "connector.layers.0.": f"{connector}linear_1.",
-                "connector.layers.2.": f"{connector}linear_2.", "text.network.model.": "model.language_model.",
-                "text.network.lm_head.": "lm_head."}  # fmt: skip
-    rules = [
+def _prefixed(model: nn.Module, prefixes: Mapping[str, str]) -> list[Rule]:
+    """The rules of tensors that have their names already, behind another prefix, adapters merged; `prefixes`: ours ->
+    theirs."""
+    return [
         Rule(name, (theirs + name.removeprefix(ours),))
-        for name in model.state_dict()
+        for name in plain_names(model.state_dict())
         for ours, theirs in prefixes.items()
         if name.startswith(ours)
     ]
-    tower = model.vision
+
+
+def _generative_tower(tower: nn.Module, vision: str) -> list[Rule]:
+    """Of a tower of ours whose tokens are read; one that was made by transformers has its names already."""
     if not isinstance(tower, VisionTransformer):
-        return rules
+        return []
     patches = f"{vision}embeddings.patch_embedding."
-    rules += [Rule("vision.patch_embed.bias", (f"{patches}bias",))] if tower.pre_norm is None else _clip_front(vision)
+    rules = [Rule("vision.patch_embed.bias", (f"{patches}bias",))] if tower.pre_norm is None else _clip_front(vision)
+    has_norm = isinstance(tower.post_norm, nn.LayerNorm)  # not where a layer before it is read
     return [
         *rules,
+        *(_pairs("vision.", vision, {"post_norm": "post_layernorm"}) if has_norm else []),
         Rule("vision.patch_embed.weight", (f"{patches}weight",)),
         Rule("vision.position", (f"{vision}embeddings.position_embedding.weight",)),
         *_transformers_blocks("vision", vision, len(tower.blocks)),
     ]
+
+
+def _llava_rules(model: nn.Module) -> list[Rule]:
+    vision, connector = "model.vision_tower.", "model.multi_modal_projector."
+    prefixes = {"vision.network.": vision, "connector.layers.0.": f"{connector}linear_1.",
+                "connector.layers.2.": f"{connector}linear_2.", "text.network.model.": "model.language_model.",
+                "text.network.lm_head.": "lm_head."}  # fmt: skip
+    return [*_prefixed(model, prefixes), *_generative_tower(cast(nn.Module, model.vision), vision)]
+
+
+def _idefics2_rules(model: nn.Module) -> list[Rule]:
+    vision = "model.vision_model."
+    prefixes = {"vision.network.": vision, "text.network.model.": "model.text_model.",
+                "text.network.lm_head.": "lm_head."}  # fmt: skip
+    ours, theirs = "connector.resampler.", "model.connector.perceiver_resampler."
+    rules = [
+        *_prefixed(model, prefixes),
+        *_generative_tower(cast(nn.Module, model.vision), vision),
+        *_gated("connector.project.", "model.connector.modality_projection."),
+        Rule(f"{ours}query", (f"{theirs}latents",)),
+        Rule(f"{ours}norm_last.weight", (f"{theirs}norm.weight",)),
+    ]
+    for index in range(len(cast(Any, model).connector.resampler.blocks)):
+        block, layer = f"{ours}blocks.{index}.", f"{theirs}layers.{index}."
+        rules += [Rule(f"{block}{a}.weight", (f"{layer}{b}.weight",)) for a, b in PERCEIVER_IN_TRANSFORMERS.items()]
+        packed = (f"{layer}self_attn.k_proj.weight", f"{layer}self_attn.v_proj.weight")
+        rules += [Rule(f"{block}attention.key_value.weight", packed, "halves"), *_gated(f"{block}mlp.", f"{layer}mlp.")]
+    return rules
+
+
+def _gated(ours: str, theirs: str) -> list[Rule]:
+    return [Rule(f"{ours}{part}.weight", (f"{theirs}{part}_proj.weight",)) for part in ("gate", "up", "down")]
 
 
 def _clip_only() -> list[Rule]:

@@ -7,12 +7,15 @@ node builds the model now and stands in the config.yaml of the imported run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.base import Connector
 from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
+from vlm_train.models.connectors.perceiver import PerceiverConnector
 from vlm_train.models.dual_encoder import DualEncoder
 from vlm_train.models.generative import GenerativeModel
 from vlm_train.models.language import CausalLanguageModel
@@ -27,8 +30,8 @@ VISION = "vlm_train.models.vision.vit.VisionTransformer"
 TEXT = "vlm_train.models.text.transformer.TextTransformer"
 GENERATIVE = "vlm_train.models.generative.GenerativeModel"
 LANGUAGE = "vlm_train.models.language.CausalLanguageModel"
-CONNECTORS: dict[str, type[MLPConnector]] = {
-    f"{each.__module__}.{each.__qualname__}": each for each in (MLPConnector, LinearConnector)
+CONNECTORS: dict[str, type[Connector]] = {
+    f"{each.__module__}.{each.__qualname__}": each for each in (MLPConnector, LinearConnector, PerceiverConnector)
 }
 
 Node = dict[str, Any]
@@ -55,16 +58,21 @@ def image_node(spec: ImageSpec) -> Node:
 
 
 def generative_node(
-    *, vision: Mapping[str, Any], connector: type[MLPConnector], text: Mapping[str, Any], rest: Mapping[str, Any]
+    *,
+    vision: Mapping[str, Any],
+    connector: type[Connector],
+    options: Mapping[str, Any],
+    text: Mapping[str, Any],
+    rest: Mapping[str, Any],
 ) -> Node:
-    """A node of a generative model. `vision`: keywords of our tower; `text`: the architecture of a language model;
-    `rest`: further keywords of `GenerativeModel`."""
+    """A node of a generative model. `vision`: keywords of our tower; `options`: of the connector; `text`: the
+    architecture of a language model; `rest`: further keywords of `GenerativeModel`."""
     name = next(name for name, each in CONNECTORS.items() if each is connector)
     return {
         TARGET: GENERATIVE,
         **rest,
         "vision": {TARGET: VISION, **vision},
-        "connector": {TARGET: name, "_partial_": True},
+        "connector": {TARGET: name, "_partial_": True, **options},
         "text": {TARGET: LANGUAGE, "architecture": dict(text)},
     }
 
@@ -75,7 +83,8 @@ def model_from(node: Mapping[str, Any], spec: TextSpec) -> DualEncoder | Generat
     vision, text = ({k: v for k, v in node[tower].items() if k != TARGET} for tower in ("vision", "text"))
     tower = VisionTransformer(**vision)
     if node.get(TARGET) == GENERATIVE:
-        connector = CONNECTORS[node["connector"][TARGET]]
+        options = {key: value for key, value in node["connector"].items() if key not in (TARGET, "_partial_")}
+        connector = partial(CONNECTORS[node["connector"][TARGET]], **options)
         return GenerativeModel(vision=tower, connector=connector, text=CausalLanguageModel(spec=spec, **text), **rest)
     return DualEncoder(vision=tower, text=TextTransformer(spec=spec, **text), **rest)
 
@@ -97,11 +106,14 @@ def shape_of(blocks: nn.ModuleList) -> dict[str, Any]:
 
 
 def towers_of(model: DualEncoder, target: str) -> tuple[VisionTransformer, TextTransformer]:
-    """The two transformers of a model. Raises ConfigError, naming them, where it is made of others."""
+    """The two transformers of a model. Raises ConfigError, naming them, where it is made of others, or pads pictures,
+    which no processor of an image-text model does as we do."""
     vision, text = model.vision, model.text
     if not isinstance(vision, VisionTransformer) or not isinstance(text, TextTransformer):
         names = f"vision {type(vision).__name__}, text {type(text).__name__}"
         raise not_expressible(target, [(names, False, "VisionTransformer and TextTransformer")])
+    if model.image_spec.resize == "pad":
+        raise not_expressible(target, [("resize=pad", False, "shortest or squash")])
     return vision, text
 
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from vlm_train.errors import CheckpointError
 from vlm_train.export.rules import Family, rules_for
+from vlm_train.models.lora import merged
 
 
 def export_state(
     model: nn.Module, *, family: Family, logit_scale: Tensor | None = None, logit_bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The model's tensors under the names of `family`, detached copies on the CPU.
+    """The model's tensors under the names of `family`, detached copies on the CPU; adapters are merged.
 
     Args:
         model: towers that `family` can hold.
@@ -24,7 +25,7 @@ def export_state(
     Raises:
         CheckpointError: tensors without a rule, or rules without a tensor.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = merged({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     extra = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     state |= {name: tensor.detach().cpu() for name, tensor in extra.items() if tensor is not None}
     rules = rules_for(model, family, with_bias=logit_bias is not None)
