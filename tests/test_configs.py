@@ -36,7 +36,14 @@ NEEDS = {
     ("experiment", "distill_b32"): "tests/cli/test_distilled_runs.py",
     ("objective", "imagebind"): "tests/cli/test_bound_runs.py",
     ("experiment", "imagebind"): "tests/cli/test_bound_runs.py",
+    **{
+        (group, name): "tests/models/test_generative_recipes.py"  # their towers lie on the hub
+        for group in ("model", "experiment")
+        for name in ("llama3v_seed_8b", "idefics2_8b", "nano_vlm")
+    },
 }
+NEEDS |= {(group, "llava_1_5_7b"): "tests/models/test_llava_recipe.py" for group in ("model", "experiment")}
+ANSWERS = ["objective=next_token", "evaluation=none"]
 EXTRA = {
     ("strategy", "ddp"): [],
     ("data", "shards"): [],
@@ -51,6 +58,10 @@ EXTRA = {
     ("objective", "distill"): ["objective.teacher=runs/teacher"],
     ("objective", "weighted"): ["objective.parts.distill.teacher=runs/teacher"],
     ("experiment", "distill_b32"): ["objective.parts.distill.teacher=runs/teacher"],
+    ("objective", "next_token"): ["model=llava_tiny", "evaluation=none"],
+    **{("evaluation", name): ["model=llava_tiny", *ANSWERS[:1]] for name in ("vqa", "captions", "prompts")},
+    **{("model", f"{name}_tiny"): ANSWERS for name in ("llava", "llama3v_seed", "idefics2", "nano_vlm")},
+    **{("optim", f"adamw_{part}"): ["model=llava_tiny", *ANSWERS] for part in ("connector", "language", "adapted")},
 }
 TEXT = ["model.text.width=32", "model.text.num_layers=1", "model.text.num_heads=2", "model.tokenizer.vocab_size=300"]
 TOWERS = ["model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2", "model.embed_dim=32", *TEXT]

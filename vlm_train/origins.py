@@ -13,7 +13,7 @@ from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.engine import checkpoints, states
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError
-from vlm_train.models import adapt
+from vlm_train.models import adapt, lora
 from vlm_train.schema import plain, read_config
 from vlm_train.types import Tokenizer
 
@@ -70,7 +70,8 @@ def start_checkpoint(init: str) -> Path:
 
 
 def start(parts: Any, weights: Mapping[str, Mapping[str, Any]], *, whose: str) -> list[str]:
-    """Fills model and objective with `trained_weights`, positions resized; parts without memory are only compared.
+    """Fills model and objective with `trained_weights`, positions resized and adapters merged where `lora.fitted` says
+    so; parts without memory are only compared.
 
     Returns:
         Towers that these weights do not have. Where there are any the objective keeps its first values, too: it binds
@@ -79,7 +80,7 @@ def start(parts: Any, weights: Mapping[str, Mapping[str, Any]], *, whose: str) -
     Raises:
         ConfigError: anything else that differs, by name.
     """
-    adapt.load_weights(parts.model, weights["model"], whose=whose)
+    adapt.load_weights(parts.model, lora.fitted(weights["model"], parts.model.state_dict()), whose=whose)
     new = adapt.new_towers(parts.model, weights["model"])
     if not new:
         adapt.load_weights(parts.objective, weights["objective"], whose=whose)

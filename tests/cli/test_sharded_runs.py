@@ -101,3 +101,17 @@ def test_a_sharded_checkpoint_is_read_whole(tmp_path: Path, whole: Path) -> None
     assert f"{result['text_to_image']['R@5']:.2f}" in printed
     exported = _runs.call(tmp_path, ["export", f"run={whole}", f"out={tmp_path / 'exported'}"])
     assert "difference" in exported
+
+
+@pytest.mark.slow
+def test_a_foreign_tower_is_shared_by_ranks_and_counts_its_arithmetic_alone(tmp_path: Path, scenes: Path) -> None:
+    """It counts by running, on rank 0: were its weights shared there, that would wait for the other rank."""
+    small = ("model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2", "trainer.global_batch=6")
+    shards = (f"data.train.shards={scenes / 'train'}", f"data.val.shards={scenes / 'val'}", "data=scenes")
+    steps = ("trainer.max_steps=2", "schedule.warmup_steps=1", "evaluation=none", "data.num_workers=0")
+    common = ["train", "experiment=lit_minilm", *small, *shards, *steps, "trainer.num_threads=1"]
+    for name, machine in {"alone": (), "shared": SHARDED}.items():
+        _runs.call(tmp_path, [*common, *machine, f"run.dir={tmp_path / name}"], timeout=120)
+    losses = [_runs.losses(tmp_path / name) for name in ("alone", "shared")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert all(row["mfu"] > 0 for row in _runs.rows(tmp_path / "shared"))

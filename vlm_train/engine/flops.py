@@ -1,14 +1,26 @@
 """Model FLOP utilisation: useful arithmetic done, as a share of what the machine could do.
 
-Useful means forward plus backward (twice the forward) of one pass over each sample, without recomputation, padding or
-embedding look-ups; a frozen part counts its forward only. The peak of a GPU is its data sheet's dense figure; the
-peak of a CPU is measured, as the best of a few large matrix products with the threads this rank has.
+Useful means forward plus backward of one pass over each sample, without recomputation, padding or embedding look-ups.
+A product of a weight and activations has a gradient of each, and each costs what the product costs:
+
+- a part that learns costs three times its forward, that of its first layer towards the pixels included, though nobody
+  asks for it: that is small, and so the figure is comparable with what is published;
+- a frozen part that reads what a learning part made (a language model above a connector that learns) passes gradients
+  on, without those of its weights: twice the products with its weights, three times the products of activations
+  with each other that attention is made of;
+- weights that adapters have taken the place of (LoRA) likewise, the adapters three times;
+- a frozen part with nothing below it that learns costs its forward only.
+
+The peak of a GPU is its data sheet's dense figure; the peak of a CPU is measured, as the best of a few large matrix
+products with the threads this rank has.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +35,49 @@ GPU_PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def training_flops_per_sample(model: Any, num_text_tokens: int) -> float:
-    """FLOPs of forward and backward of one sample; parts whose parameters are all frozen have no backward."""
+def training_flops_per_sample(model: Any, num_text_tokens: int, num_images: float | None = None) -> float:
+    """FLOPs of forward and backward of one sample. `num_images`: of a dialogue, the mean; None where a sample has the
+    one that the model counts."""
+    counts = (num_text_tokens,) if num_images is None else (num_text_tokens, num_images)
     total = 0.0
-    for part, forward in model.forward_flops(num_text_tokens).items():
-        module = functools.reduce(lambda module, name: getattr(module, name, None), part.split("."), model)
-        frozen = isinstance(module, nn.Module) and not any(p.requires_grad for p in module.parameters())
-        total += forward * (1 if frozen else 3)
+    for part, forward in model.forward_flops(*counts).items():
+        module = _module(model, part)
+        if _learns(module) or _passes_gradients(model, part):
+            total += 3 * forward - _frozen_products(module, forward, num_text_tokens)
+        else:
+            total += forward
     return total
+
+
+def shapes_of(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, where its FLOPs are counted without values, memory or other ranks."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        shape = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
+    return copy.deepcopy(model, memo)
+
+
+def _frozen_products(module: Any, forward: float, num_text_tokens: int) -> float:
+    """What of a part's forward FLOPs is products with weights that do not learn."""
+    if hasattr(module, "frozen_flops"):
+        return float(module.frozen_flops(num_text_tokens))
+    return 0.0 if _learns(module) else forward
+
+
+def _passes_gradients(model: Any, part: str) -> bool:
+    """Whether anything learns among the parts whose results `part` reads."""
+    inputs: Mapping[str, Sequence[str]] = getattr(model, "part_inputs", {})
+    return any(_learns(_module(model, name)) or _passes_gradients(model, name) for name in inputs.get(part, ()))
+
+
+def _module(model: Any, part: str) -> Any:
+    return functools.reduce(lambda module, name: getattr(module, name, None), part.split("."), model)
+
+
+def _learns(module: Any) -> bool:
+    return not isinstance(module, nn.Module) or any(p.requires_grad for p in module.parameters())
 
 
 def num_tokens(batch: Batch) -> int:
@@ -38,6 +85,11 @@ def num_tokens(batch: Batch) -> int:
     if "dialogue_lengths" in batch:
         return round(float(batch["dialogue_lengths"].double().mean()))
     return batch["text_ids"].shape[1]
+
+
+def num_images(batch: Batch) -> float | None:
+    """Images of a dialogue of the batch, the mean; None where samples are no dialogues."""
+    return float(batch["num_images"].double().mean()) if "num_images" in batch else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -100,11 +100,25 @@ class AdamW:
         self.rules = [ParameterRule(**group) for group in groups]
 
     def apply_frozen(self, module: nn.Module) -> None:
-        """Freezes what the rules freeze, beside what learns nothing anyway; before any wrapper looks at it."""
+        """Freezes what the rules freeze, beside what learns nothing anyway, such as the weights that adapters stand
+        beside; before any wrapper looks at it.
+
+        Raises:
+            ConfigError: a rule gives a rate to parameters of which none learns.
+        """
         named = dict(module.named_parameters())
-        for name, rule in match_rules(named, self.rules).items():
+        chosen = match_rules(named, self.rules)
+        for name, rule in chosen.items():
             if rule.frozen:
                 named[name].requires_grad_(False)
+        for rule in self.rules:
+            names = [name for name in named if chosen[name] is rule]
+            if names and not rule.frozen and not any(named[name].requires_grad for name in names):
+                raise ConfigError(
+                    "an entry of optim.groups gives a rate to parameters that cannot learn", got=rule.pattern,
+                    allowed=f"frozen: true for {names[0]}; with model.text.lora only adapters learn in model.text",
+                    remedy="take the entry out, or model.text.lora=null",
+                )  # fmt: skip
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the parameters that learn; each group keeps its peak as `base_lr`."""

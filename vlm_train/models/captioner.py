@@ -9,6 +9,7 @@ token, so the objective forms them where a label is, some at a time (`objectives
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -54,6 +55,7 @@ class Captioner(DualEncoder):
     """
 
     outputs = frozenset({"image_features", "text_features", "caption_hidden", "caption_vocabulary"})
+    part_inputs: Mapping[str, Sequence[str]] = {"decoder": ("vision", "text")}  # as of `GenerativeModel`
     vision: TokenVision
     text: TokenText
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from vlm_train.assets import hub_access, resolve_asset
 from vlm_train.errors import ConfigError, nearest
+from vlm_train.models import lora as adapters
 from vlm_train.models.layers import linear_flops
 from vlm_train.models.packing import ATTENTION, Texts
 from vlm_train.models.pretrained import PretrainedTower, on_meta
@@ -49,10 +50,11 @@ class CausalLanguageModel(PretrainedTower):
         architecture: in place of `path`: `model_type`, one of `FAMILIES`, and keys of its transformers config, e.g.
             `{model_type: llama, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4,
             num_attention_heads: 6}`. The vocabulary has the size of the tokenizer's.
+        lora: keys of `lora.Lora`: low-rank adapters learn in place of the weights. None: there are none.
 
     Raises:
-        ConfigError: not one of `path` and `architecture`, an unknown family, key or value, or a tokenizer that does not
-            fit.
+        ConfigError: not one of `path` and `architecture`, an unknown family, key or value, a tokenizer that does not
+            fit, or adapters that cannot be.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class CausalLanguageModel(PretrainedTower):
         path: str | None = None,
         pretrained: bool = True,
         architecture: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         if (path is None) == (architecture is None):
             raise ConfigError(
@@ -79,6 +82,12 @@ class CausalLanguageModel(PretrainedTower):
         self.is_tied = self._head.weight is self._embedding.weight
         # the padding id is often that of the end of a text, whose row would get no gradient
         self._embedding.padding_idx = None
+        if lora is not None:
+            self._adapt(adapters.Lora.of(lora))
+
+    def _adapt(self, lora: adapters.Lora) -> None:
+        adapters.inject(self.network, self.blocks, lora)
+        self.register_buffer(adapters.SCALE, torch.tensor(lora.scale, dtype=torch.float64))
 
     @property
     def _embedding(self) -> nn.Embedding:
@@ -169,9 +178,17 @@ class CausalLanguageModel(PretrainedTower):
         """Forward FLOPs of one text of `num_tokens` tokens with the logits of each, 2 per multiply-add; attention as
         torch counts it, the future included."""
         config = cast(Any, self.network).config
-        linears = [module for module in self.blocks.modules() if isinstance(module, nn.Linear)]
         attention = 4.0 * num_tokens**2 * config.num_attention_heads * _head_dim(config) * len(self.blocks)
-        return attention + sum(linear_flops(linear, num_tokens) for linear in (*linears, self._head))
+        return attention + sum(linear_flops(linear, num_tokens) for linear in self._linears())
+
+    def frozen_flops(self, num_tokens: float) -> float:
+        """Those of `forward_flops` that are products with weights that do not learn."""
+        frozen = [linear for linear in self._linears() if not linear.weight.requires_grad]
+        return sum(linear_flops(linear, num_tokens) for linear in frozen)
+
+    def _linears(self) -> list[nn.Linear]:
+        """Every linear layer, those of adapters too, and the vocabulary."""
+        return [*(module for module in self.blocks.modules() if isinstance(module, nn.Linear)), self._head]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLanguageModel:
         """Leaving the meta device gives every name a tensor of its own: what was tied is tied again."""

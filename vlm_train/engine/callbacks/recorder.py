@@ -13,8 +13,9 @@ from typing import Any
 
 import lightning
 import torch
+from torch import nn
 
-from vlm_train.engine.flops import num_tokens, peak_flops, training_flops_per_sample
+from vlm_train.engine.flops import num_images, num_tokens, peak_flops, shapes_of, training_flops_per_sample
 from vlm_train.engine.rundir import RunDirectory, append_line
 from vlm_train.log import get_logger
 from vlm_train.types import Batch
@@ -39,9 +40,14 @@ class Recorder(lightning.Callback):
     def __init__(self, *, run: RunDirectory, global_batch: int, num_steps: int, sinks: list[Sink]) -> None:
         self.run, self.global_batch, self.num_steps, self.sinks = run, global_batch, num_steps, sinks
         self._peak: float | None = None
-        self._flops: dict[int, float] = {}
+        self._shapes: nn.Module | None = None
+        self._flops: dict[tuple[int, float | None], float] = {}
         self._step_ended = self._step_started = time.perf_counter()
         self._progress = Progress(num_steps)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Keeps the shapes of the model before it is sharded: what counts by running must not wait for other ranks."""
+        self._shapes = shapes_of(pl_module.model)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Measures what the machine could do at best."""
@@ -62,7 +68,7 @@ class Recorder(lightning.Callback):
         now = time.perf_counter()
         seconds = now - self._step_ended
         rate = self.global_batch / seconds
-        flops = self._flops_per_sample(pl_module.model, num_tokens(batch))
+        flops = self._flops_per_sample(num_tokens(batch), num_images(batch))
         row = {
             "step": step,
             "samples": step * self.global_batch,
@@ -88,11 +94,12 @@ class Recorder(lightning.Callback):
         peak = peak_flops(device, torch.float64 if trainer.precision == "64-true" else dtype)
         return peak * trainer.world_size if peak else None
 
-    def _flops_per_sample(self, model: Any, num_text_tokens: int) -> float:
-        """Kept by text length: a foreign tower counts by running once."""
-        if num_text_tokens not in self._flops:
-            self._flops[num_text_tokens] = training_flops_per_sample(model, num_text_tokens)
-        return self._flops[num_text_tokens]
+    def _flops_per_sample(self, num_text_tokens: int, num_images: float | None) -> float:
+        """Kept by what it depends on: a foreign tower counts by running once."""
+        key = (num_text_tokens, num_images)
+        if key not in self._flops:
+            self._flops[key] = training_flops_per_sample(self._shapes, num_text_tokens, num_images)
+        return self._flops[key]
 
     def mark_step_end(self) -> None:
         """Starts the clock of the next step."""

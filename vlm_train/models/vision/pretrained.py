@@ -6,6 +6,7 @@ with another normalisation still trains, only worse.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import timm
@@ -35,6 +36,7 @@ class HuggingFaceVision(PretrainedTower):
         path: local folder or hub name. Of a two-tower model (CLIP, SigLIP) the vision tower is taken.
         pool: `pooler` the network's own pooled output, `cls` its first token, `mean` the average of its tokens.
         pretrained: load the weights; otherwise only the architecture is taken.
+        resize: how an image is brought to the tower's size, see `ImageSpec`; the processor's way unless given.
 
     Raises:
         ConfigError: the part cannot be found, or has no such pooling.
@@ -46,6 +48,7 @@ class HuggingFaceVision(PretrainedTower):
         path: str,
         pool: Literal["pooler", "cls", "mean"] = "pooler",
         pretrained: bool = True,
+        resize: Literal["shortest", "squash", "pad"] | None = None,
     ) -> None:
         location = resolve_asset(path)
         with hub_access(path):
@@ -55,7 +58,8 @@ class HuggingFaceVision(PretrainedTower):
         check_pool(pool, network, allowed=("pooler", "cls", "mean"))
         super().__init__(network=network)
         self.pool = pool
-        self.image_spec = spec_of_processor(processor)
+        spec = spec_of_processor(processor)
+        self.image_spec = spec if resize is None else replace(spec, resize=resize)
         own = getattr(network, "config", config)
         self.out_dim: int = own.hidden_size if hasattr(own, "hidden_size") else own.hidden_sizes[-1]
         self._cut_at: Layer | None = None
