@@ -160,6 +160,16 @@ def test_budgets(path: Path) -> None:
             assert node.args.kwarg is None or node.name in TAKES_ANY, f"{node.name} swallows keywords"
 
 
+def same_names(paths: list[Path]) -> set[str]:
+    return {path.name for path in paths if path.name != "conftest.py" and [p.name for p in paths].count(path.name) > 1}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports a test by the name of its file alone: of two, it would run one."""
+    assert same_names(sorted((ROOT / "tests").rglob("*.py"))) == set()
+    assert same_names([Path("a/test_x.py"), Path("b/test_x.py"), Path("b/test_y.py")]) == {"test_x.py"}  # the twin
+
+
 def test_tests_mirror_the_package() -> None:
     """A test file under tests/<room>/ tests a module of that room (test_x*.py for x.py)."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
