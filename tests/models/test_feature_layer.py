@@ -84,6 +84,22 @@ def test_a_tower_of_transformers_shows_its_hidden_states(folder: Path, layer: in
     assert tower.tokens_flops() > 0
 
 
+def test_a_tower_of_transformers_is_run_once_to_be_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, runs = HuggingFaceVision(path=str(folder)).eval(), 0
+    forward = tower.network.forward
+
+    def counted(*inputs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return forward(*inputs)
+
+    monkeypatch.setattr(tower.network, "forward", counted)
+    whole = [tower.tokens_flops() for _ in range(2)]
+    tower.drop_unread(-2)
+    read = [tower.tokens_flops() for _ in range(2)]
+    assert runs == 2 and whole[0] == whole[1] > read[0] == read[1]  # the twin: what was taken out is counted no more
+
+
 @pytest.mark.parametrize("layer", [None, -1, -2])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_it_stands_in_a_generative_model_frozen_or_not(folder: Path, layer: int | None, frozen: bool) -> None:

@@ -63,6 +63,7 @@ class HuggingFaceVision(PretrainedTower):
         own = getattr(network, "config", config)
         self.out_dim: int = own.hidden_size if hasattr(own, "hidden_size") else own.hidden_sizes[-1]
         self._cut_at: Layer | None = None
+        self._tokens_flops: float | None = None  # counted by a run, a quarter of a second of CLIP's large tower
         if own.model_type in TOKEN_TOWERS:
             self.num_layers: int = own.num_hidden_layers
             self.num_patches: int = (own.image_size // own.patch_size) ** 2
@@ -82,6 +83,7 @@ class HuggingFaceVision(PretrainedTower):
     def drop_unread(self, layer: Layer | None) -> None:
         """As of `VisionTransformer`; pooling, which no token goes through, is taken out, too. Only `tokens` is left."""
         network: Any = self.network
+        self._tokens_flops = None
         if self.has_class_token or layer is not None:
             network.post_layernorm = nn.Identity()
         if getattr(network, "head", None) is not None:
@@ -93,7 +95,9 @@ class HuggingFaceVision(PretrainedTower):
 
     def tokens_flops(self, layer: Layer | None = None) -> float:
         """Forward FLOPs of one image, of all that is still there: see `drop_unread`."""
-        return count_flops(self.network, blank_image(self, self.image_spec))
+        if self._tokens_flops is None:
+            self._tokens_flops = count_flops(self.network, blank_image(self, self.image_spec))
+        return self._tokens_flops
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
         """[B, 3, S, S] normalised -> [B, D], not L2-normalised."""
