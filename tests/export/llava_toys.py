@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -17,6 +20,7 @@ from vlm_train.data.chat_jinja import jinja_of
 from vlm_train.data.decode import SampleError
 from vlm_train.data.dialogue import DialogueEncoder
 from vlm_train.data.tokenizer import BytePairTokenizer
+from vlm_train.errors import CheckpointError
 from vlm_train.export.answers import Answering
 from vlm_train.models.connectors.linear import MLPConnector
 from vlm_train.models.generative import GenerativeModel
@@ -115,6 +119,18 @@ def save_llava(place: Path, *, vision: dict[str, Any] | None = None, text: dict[
     else:
         transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place)
     return theirs
+
+
+def refusal_of(
+    folder: Path, name: str, change: Callable[[dict[str, Any]], Any], compared: Callable[[], object]
+) -> list[str]:
+    """The words of the refusal when `compared` reads a folder of which file `name` was changed."""
+    document = json.loads((folder / name).read_text())
+    change(document)
+    (folder / name).write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="not the same model") as caught:
+        compared()
+    return str(caught.value.got).split()
 
 
 def drawing(number: int) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from idefics2_toys import SQUASHED, make_idefics, save_idefics
-from llava_toys import SIGLIP, answering, drawing, make_vision, save_tower, words
+from llava_toys import SIGLIP, answering, drawing, make_vision, refusal_of, save_tower, words
 
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.certificate import TOLERANCE, Prepare
@@ -170,16 +169,11 @@ def test_a_folder_that_is_another_model_is_refused(
     trained, own = answering(model, tokenizer), prepare(model.image_spec)
     export_model(trained, target="transformers", out=out, prepare=own)
     name, change = TWINS[twin]
-    document = json.loads((out / name).read_text())
-    change(document)
-    (out / name).write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="not the same model") as caught:
-        compare(trained, Idefics2InTransformers(out), prepare=own)
-    said = str(caught.value.got).split()
+    said = refusal_of(out, name, change, lambda: compare(trained, Idefics2InTransformers(out), prepare=own))
     if name == "config.json":
         assert float(said[2].rstrip(",")) > 10 * TOLERANCE  # measured 5.9e-4 and 0.17
     else:
-        assert "tokens False" in str(caught.value.got) or float(said[-1]) > 4
+        assert "tokens False" in " ".join(said) or float(said[-1]) > 4
 
 
 def test_keys_in_the_place_of_values_are_noticed(tokenizer: Tokenizer, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from llava_toys import SIGLIP, answering, drawing, make_model, make_vision, save_llava, save_tower, words
+from llava_toys import SIGLIP, answering, drawing, make_model, make_vision, refusal_of, save_llava, save_tower, words
 from torch import Tensor
 
 from vlm_train.errors import CheckpointError, ConfigError
@@ -203,16 +203,11 @@ def test_a_folder_that_is_another_model_is_refused(
     trained, own = answering(model, tokenizer), prepare(model.image_spec)
     export_model(trained, target="transformers", out=out, prepare=own)
     name, change = TWINS[twin]
-    document = json.loads((out / name).read_text())
-    change(document)
-    (out / name).write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="not the same model") as caught:
-        compare(trained, LlavaInTransformers(out), prepare=own)
-    said = str(caught.value.got).split()
+    said = refusal_of(out, name, change, lambda: compare(trained, LlavaInTransformers(out), prepare=own))
     if name == "config.json":
         assert float(said[2].rstrip(",")) > 100 * TOLERANCE  # measured 1.1 and 0.008
     else:
-        assert "tokens False" in str(caught.value.got) or float(said[-1]) > 4
+        assert "tokens False" in " ".join(said) or float(said[-1]) > 4
 
 
 @pytest.mark.parametrize("layer", [-1, -3])
@@ -221,10 +216,13 @@ def test_a_layer_before_or_behind_is_another_model(layer: int, tmp_path: Path) -
     trained = read_model(str(tmp_path)).trained(None)
     document = json.loads((tmp_path / "config.json").read_text())
     assert document["vision_feature_layer"] == -2
-    (tmp_path / "config.json").write_text(json.dumps(document | {"vision_feature_layer": layer}))
-    with pytest.raises(CheckpointError, match="not the same model") as caught:
-        compare(trained, LlavaInTransformers(tmp_path))
-    assert float(str(caught.value.got).split()[2].rstrip(",")) > 1000 * TOLERANCE  # measured 1.0 and 1.6
+    said = refusal_of(
+        tmp_path,
+        "config.json",
+        lambda config: config.update(vision_feature_layer=layer),
+        lambda: compare(trained, LlavaInTransformers(tmp_path)),
+    )
+    assert float(said[2].rstrip(",")) > 1000 * TOLERANCE  # measured 1.0 and 1.6
 
 
 def test_another_chat_template_and_a_disturbed_weight_are_noticed(tokenizer: Tokenizer, out: Path) -> None:
