@@ -193,6 +193,8 @@ def test_ids_are_those_of_transformers(kinds, turns, which, name):
 def test_a_prompt_is_what_stands_before_the_answer(kinds, turns, template):
     answer = "yes" + turns[-1].content.strip()
     turns = [*turns[:-1], Turn("assistant", answer)]
+    if template == "plain":  # of one caption: nothing is said before it that newlines could join
+        turns = turns[-2:]
     writer = encoder(template, kinds["bytes"])
     prompt, encoded = writer.prompt(turns), writer.encode(turns)
     assert (writer.prompt(turns[:-1]) == prompt).all()
