@@ -211,7 +211,7 @@ def test_scenes_have_questions_for_both_evaluators() -> None:
     metadata = [json.loads(make_sample(n, seed=0, size=32)[1]["json"]) for n in range(12)]
     result = run(oracle, metadata, batch_size=5)
     assert result["exact_match"] == 100.0
-    assert set(result["exact_match_by_type"]) == {"color", "shape", "size", "count", "existence", "spatial"}
+    assert set(result["exact_match_by_type"]) == {"color", "shape", "size", "count", "existence", "position", "spatial"}
     assert run(oracle, metadata, evaluator=YesNo(types=["existence"]))["accuracy"] == 100.0
 
 

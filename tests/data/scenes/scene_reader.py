@@ -70,8 +70,8 @@ def says(sentence: str, truth: dict) -> bool | None:
     return relation_holds(truth, nouns[0][1], words, nouns[1][1])
 
 
-def answer(question: str, truth: dict) -> str:
-    """The answer to a question from the regions alone."""
+def answer(question: str, truth: dict, size: int = 64) -> str:
+    """The answer to a question about a picture of `size` pixels, from the regions alone."""
     rows = truth["regions"]
     if match := re.fullmatch(r"what color is the (\w+)\?", question):
         (row,) = [row for row in rows if row["class"] == match[1]]
@@ -87,6 +87,16 @@ def answer(question: str, truth: dict) -> str:
         return str(sum(noun == row["attributes"][0] or singular in (row["class"], "object") for row in rows))
     if match := re.fullmatch(r"is there an? (\w+) (\w+)\?", question):
         return "yes" if (match[1], match[2]) in kinds(truth) else "no"
+    if match := re.fullmatch(r"where is the (\w+) (\w+)\?", question):
+        x0, y0, x1, y1 = kinds(truth)[match[1], match[2]]["box"]
+        names = [["top", "", "bottom"][_third(y0, y1, size)], ["left", "", "right"][_third(x0, x1, size)]]
+        return " ".join(filter(None, names)) or "center"
     match = re.fullmatch(r"is the (\w+) (\w+) (.+) the (\w+) (\w+)\?", question)
     holds = relation_holds(truth, (match[1], match[2]), match[3], (match[4], match[5]))
     return {True: "yes", False: "no", None: "open"}[holds]
+
+
+def _third(low: int, high: int, size: int) -> int:
+    """In which third of a side the middle of [low, high] lies."""
+    middle = (low + high) / 2
+    return 0 if middle < size / 3 else 1 if middle < 2 * size / 3 else 2

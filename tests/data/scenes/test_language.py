@@ -71,7 +71,7 @@ def test_a_smaller_world_has_what_it_says_and_nothing_false_is_said_of_it(world,
     assert {row["attributes"][0] for row in truth["regions"]} <= set(list(COLORS)[: world.num_colors])
     assert all(says(caption, truth) is True for caption in [*truth["captions"], *truth["negations"]])
     assert all(says(row["true"], truth) is True and says(row["false"], truth) is False for row in truth["contrasts"])
-    assert all(answer(row["question"], truth) == row["answer"] for row in truth["qa"])
+    assert all(answer(row["question"], truth, size=32) == row["answer"] for row in truth["qa"])
     assert world.fewest < world.most or "count" not in {row["type"] for row in truth["contrasts"]}
 
 
@@ -101,8 +101,8 @@ def test_relations_are_all_the_plain_ones(scenes):
     sizes=st.tuples(*[st.integers(1, 4)] * 4),
 )
 def test_opposite_relations_never_hold_together(a, b, sizes):
-    first = Thing("circle", "red", "small", (a[0], a[1], a[0] + sizes[0], a[1] + sizes[1]))
-    second = Thing("star", "blue", "small", (b[0], b[1], b[0] + sizes[2], b[1] + sizes[3]))
+    first = Thing("circle", "red", "small", (a[0], a[1], a[0] + sizes[0], a[1] + sizes[1]), "center")
+    second = Thing("star", "blue", "small", (b[0], b[1], b[0] + sizes[2], b[1] + sizes[3]), "center")
     for relation, opposite in (("left of", "right of"), ("above", "below")):
         verdict = related(first, relation, second)
         assert related(first, opposite, second) is (None if verdict is None else not verdict)
@@ -123,7 +123,7 @@ def test_every_answer_is_right(scenes):
         for row in truth["qa"]:
             assert answer(row["question"], truth) == row["answer"], row
             types[row["type"]] += 1
-    assert set(types) == {"color", "shape", "size", "count", "existence", "spatial"}
+    assert set(types) == {"color", "shape", "size", "count", "existence", "position", "spatial"}
 
 
 def test_yes_and_no_are_even(scenes):

@@ -9,27 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlm_train.data.scenes.world import SHAPES, SceneObject
+from vlm_train.data.scenes.world import GRID, SHAPES, SceneObject
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 """Name of a relation and how a sentence says it."""
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+"""What the cells of a scene's 3 x 3 grid are called, row by row."""
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """An object as it can be seen: its kind, its size class and the box [x0, y0, x1, y1] of its visible pixels."""
+    """An object as it can be seen: its kind, its size class, the box [x0, y0, x1, y1] of its visible pixels, and the
+    cell of the grid where the centre of that lies."""
 
     shape: str
     color: str
     size: str
     box: tuple[int, int, int, int]
+    place: str
 
     @classmethod
-    def of(cls, item: SceneObject, box: Sequence[int]) -> Thing:
-        """The object of a scene together with its measured box."""
-        return cls(item.shape, item.color, item.size, (box[0], box[1], box[2], box[3]))
+    def of(cls, item: SceneObject, box: Sequence[int], side: int) -> Thing:
+        """The object of a scene of `side` pixels together with its measured box."""
+        x0, y0, x1, y1 = box
+        row, column = ((low + high) * GRID // (2 * side) for low, high in ((y0, y1), (x0, x1)))
+        return cls(item.shape, item.color, item.size, (x0, y0, x1, y1), PLACES[row * GRID + column])
 
     @property
     def name(self) -> str:

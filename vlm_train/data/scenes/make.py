@@ -189,7 +189,7 @@ def describe(rng: random.Random, view: View, variant: Variant) -> dict[str, Any]
 def _see(key: str, size: int, world: World) -> tuple[Scene, Rendering, View]:
     scene = sample_scene(random.Random(key), size, world)
     drawn = render(scene)
-    things = [Thing.of(item, box_of(mask)) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
+    things = [Thing.of(item, box_of(mask), size) for item, mask in zip(scene.objects, drawn.masks, strict=True)]
     return scene, drawn, things
 
 

@@ -16,9 +16,9 @@ from vlm_train.data.scenes.world import WHOLE, World
 
 
 def questions_of(rng: random.Random, view: View, world: World = WHOLE) -> list[dict[str, str]]:
-    """Dicts {question, answer, type}; types: color, shape, size, count, existence, spatial."""
+    """Dicts {question, answer, type}; types: color, shape, size, count, existence, position, spatial."""
     found = [_color(rng, view), _shape(rng, view), _size(rng, view), _count(rng, view, world)]
-    found += [_existence(rng, view, world), _spatial(rng, view)]
+    found += [_existence(rng, view, world), _position(rng, view), _spatial(rng, view)]
     return [{"question": row[0], "answer": row[1], "type": row[2]} for row in found if row is not None]
 
 
@@ -106,6 +106,11 @@ def _existence(rng: random.Random, view: View, world: World) -> tuple[str, str, 
     else:
         answer = True
     return f"is there {with_article(f'{color} {shape}')}?", _yes_or_no(answer), "existence"
+
+
+def _position(rng: random.Random, view: View) -> tuple[str, str, str]:
+    thing = rng.choice(view)
+    return f"where is the {thing.name}?", thing.place, "position"
 
 
 def _spatial(rng: random.Random, view: View) -> tuple[str, str, str] | None:
