@@ -40,6 +40,8 @@ class TrainerConfig:
     max_steps: int = MISSING
     global_batch: int = MISSING
     micro_batch: int | None = None  # samples one rank runs forward at once; null: its whole share
+    micro_tokens: int | None = None  # and at most so many tokens of dialogues, those of their images included
+    micro_images: int | None = None  # and at most so many images of dialogues, each tile one
     devices: int = 1
     num_nodes: int = 1
     accelerator: str = "auto"  # auto | cpu | gpu
@@ -50,7 +52,7 @@ class TrainerConfig:
 @dataclass
 class SplitConfig:
     """Where a split lies: a folder, a glob, a brace pattern, a URL, or a list of these; for training also a mixture,
-    {name: {shards, weight, selection, groups}}."""
+    {name: {shards, weight, selection, captions, groups}}."""
 
     shards: Any = None
 
@@ -74,6 +76,7 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     selection: str | None = None
+    captions: str | None = None  # of the training split: a table by `data recaption`, or any Parquet file of that form
     groups: Any = None  # {walk: DIR, size: N}: batches are made of groups of N samples that are alike
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -117,6 +120,8 @@ class StrategyConfig:
 
     name: str = MISSING
     recompute: bool = False  # compute the activations of a block again in the backward pass instead of keeping them
+    feature_store: str | None = None  # a folder that keeps what a frozen image tower makes of pictures
+    feature_store_gb: float = 100.0  # of the disk, for all of that folder
 
 
 @dataclass
@@ -194,6 +199,8 @@ MACHINE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.micro_batch",
+    "trainer.micro_tokens",
+    "trainer.micro_images",
     "trainer.accelerator",
     "trainer.deterministic",
     "trainer.num_threads",

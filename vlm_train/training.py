@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning
 
-from vlm_train import build, origins
+from vlm_train import __version__, build, origins
 from vlm_train.build import Parts, Placement
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.tokenizer import load_tokenizer
+from vlm_train.distributed import collectives
 from vlm_train.engine import checkpoints, sharding
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
 from vlm_train.engine.callbacks.data_errors import DataErrors
@@ -21,6 +23,7 @@ from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.callbacks.spikes import Spikes
 from vlm_train.engine.evaluation import EvaluationSuite
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rewinds import Spike, go_back, jumps_of
@@ -29,8 +32,13 @@ from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import lightning_trainer, set_up_torch
 from vlm_train.engine.wandb import WandbSink
 from vlm_train.locations import in_texts, scrubbed
+from vlm_train.log import get_logger
+from vlm_train.models.feature_store import FeatureStore, reason_against
+from vlm_train.models.generative import GenerativeModel
 from vlm_train.schema import plain, read_config
 from vlm_train.types import Jumps
+
+LOG = get_logger(__name__)
 
 
 def train(directory: Path, checkpoint: Path | None) -> None:
@@ -64,6 +72,7 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     loader = build.train_loader(parts, placement, jumps)
     suite = build.evaluation_suite(parts, placement)
     module = training_module(parts, placement)
+    keep_features(parts)
     sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
     trains_a_part = not parts.objective.requires.issuperset(parts.model.outputs)  # type: ignore[arg-type]
     trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks), trains_a_part=trains_a_part)
@@ -74,6 +83,9 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
             trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
         except Spike as raised:
             spike = raised.with_traceback(None)  # which would keep the model
+    store: FeatureStore | None = getattr(parts.model, "feature_store", None)
+    if store is not None:
+        LOG.info("%d pictures were read from the feature store, %d were computed", store.num_read, store.num_computed)
     for sink in sinks:
         sink.close()
     return spike
@@ -82,9 +94,12 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
 def training_module(parts: Parts, placement: Placement) -> TrainingModule:
     """The LightningModule around a model and its objective."""
     config = parts.config
+    budgets = Budgets.of(config.trainer)
+    if budgets.weighs_dialogues:
+        budgets.check(parts.model.dialogue)  # type: ignore[arg-type]
     plan = StepPlan(
         global_batch=config.trainer.global_batch,
-        micro_batch=config.trainer.micro_batch,
+        budgets=budgets,
         rank=placement.rank,
         world_size=placement.world_size,
         seed=config.seed,
@@ -102,6 +117,41 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
             attention=config.attention.name, recompute=config.strategy.recompute, compile=config.compile.enabled
         ),
     )
+
+
+def keep_features(parts: Parts) -> None:
+    """Gives the model the store of `strategy.feature_store`, or says why it has no use for one; once it is known what
+    is frozen."""
+    config, model = parts.config, parts.model
+    if config.strategy.feature_store is None:
+        return
+    if (reason := _reason_against_store(parts)) is not None:
+        LOG.info("strategy.feature_store is not used: %s", reason)
+        return
+    settings = {
+        "tower": [plain(config.model.vision), model.feature_layer],
+        "arithmetic": [config.precision.name, config.attention.name, config.compile.enabled],
+        "vlm_train": __version__,
+    }
+    model.feature_store = FeatureStore(  # type: ignore[assignment]
+        folder=Path(config.strategy.feature_store),
+        limit=int(config.strategy.feature_store_gb * 1e9),
+        tower=model.vision,  # type: ignore[arg-type]
+        settings=json.dumps(settings, sort_keys=True),
+        any_rank=collectives.all_reduce_max,
+    )
+
+
+def _reason_against_store(parts: Parts) -> str | None:
+    augment = parts.config.data.augment
+    if not isinstance(parts.model, GenerativeModel):
+        return f"a {type(parts.model).__name__} does not read the tokens of an image tower"
+    if augment.scale is not None or augment.flip or augment.color_jitter or augment.grayscale:
+        return (
+            "data.augment makes another picture each time; data.augment.scale=null, and flip, color_jitter and "
+            "grayscale of 0, do not"
+        )
+    return reason_against(parts.model.vision)  # type: ignore[arg-type]
 
 
 def callbacks(

@@ -27,6 +27,7 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.module import TrainingModule
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Cosine
@@ -78,7 +79,7 @@ def ours(
         objective=InfoNCE(),
         optim=optim,
         schedule=Cosine(warmup_steps=WARMUP, total_steps=num_steps),
-        plan=StepPlan(global_batch=BATCH, micro_batch=micro_batch, rank=0, world_size=1, seed=0),
+        plan=StepPlan(global_batch=BATCH, budgets=Budgets(samples=micro_batch), rank=0, world_size=1, seed=0),
     )
     found: list[float] = []
 

@@ -40,6 +40,7 @@ from vlm_train.distributed import collectives, ring
 from vlm_train.distributed.ring import Hop
 from vlm_train.distributed.testing import run_ranks
 from vlm_train.engine import sharding
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.objectives import tiled
 from vlm_train.objectives.contrastive import Contrastive
@@ -251,7 +252,11 @@ def engine_step(
     batch = Batch(**{key: value[start:stop] for key, value in global_batch(name, num_pairs).items()})
     largest = -(-num_pairs // world_size)
     plan = StepPlan(
-        global_batch=num_pairs, micro_batch=-(-largest // num_micro_batches), rank=rank, world_size=world_size, seed=0
+        global_batch=num_pairs,
+        budgets=Budgets(samples=-(-largest // num_micro_batches)),
+        rank=rank,
+        world_size=world_size,
+        seed=0,
     )
     assert plan.num_micro_batches == num_micro_batches
     return EngineStep(name, implementation, strategy, plan).run(batch, reduced)

@@ -39,7 +39,7 @@ RETRIEVAL = "vlm_train.evaluation.retrieval.Retrieval"
 MACHINES = {
     "one": (),
     "micro": ("trainer.micro_batch=7",),
-    "two": ("trainer.devices=2", "strategy=ddp", "trainer.micro_batch=5"),
+    "two": ("trainer.devices=2", "strategy=ddp", "trainer.micro_tokens=300", "trainer.micro_images=2"),
     "other seed": ("seed=1",),
 }
 
@@ -175,6 +175,7 @@ def test_a_run_is_not_asked_for_what_it_cannot_do(capsys: pytest.CaptureFixture[
         ((*ONE_STAGE, "data.template=own"), "the tokenizer brings no chat template"),
         ((*ONE_STAGE, "model.context_length=16"), "does not hold its dialogues"),
         ((*ONE_STAGE, "trainer.micro_batch=0"), "trainer.micro_batch is out of range"),
+        ((*ONE_STAGE, "trainer.micro_tokens=159"), "a dialogue may be larger than a micro-batch"),
     ],
 )
 def test_a_recipe_that_cannot_train_is_refused(

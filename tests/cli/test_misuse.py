@@ -53,7 +53,7 @@ train foo|train --foo|train foo=1|train --config-dir|train --config-dir nowhere
 train --config-dir=full --config-dir=full|train hydra.verbose=1|train experiment=|train data=5|train seed=1,2
 train seed=choice(1,2)|train +trainer.foo=1
 train data=shards data.train.shards=7|train run.id=a/b|train run.dir=|train data.retry_seconds=.inf
-train =5|train seed=[
+train =5|train seed=[|train experiment=quickstart trainer.micro_images=8
 """
 PLACES = """
 URL|data URL|data import URL|data make URL|data import folder URL OUT|data import folder full URL

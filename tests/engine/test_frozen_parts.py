@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from generative_toys import SPEC, TEXT, make_batch, make_model
 
 from vlm_train.engine import module as engine
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Cosine
@@ -58,7 +59,7 @@ def module_of(model: GenerativeModel, groups: list[dict[str, Any]], **options: A
         objective=NextToken(),
         optim=AdamW(lr=1e-2, weight_decay=0.1, groups=groups, **options.pop("optim", {})),
         schedule=Cosine(total_steps=4, warmup_steps=0),
-        plan=StepPlan(global_batch=5, micro_batch=2, rank=0, world_size=1, seed=0),
+        plan=StepPlan(global_batch=5, budgets=Budgets(samples=2), rank=0, world_size=1, seed=0),
         transforms=Transforms(**options),
     )
 

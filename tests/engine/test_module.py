@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Cosine
@@ -57,7 +58,7 @@ def trained(model: nn.Module, finish: Tensor | None = None, **options: Any) -> T
             lr=1e-3, weight_decay=0.1, groups=[{"pattern": ".*", "lr": 1e-3, "weight_decay": 0.1}], ema_decay=0.9
         ),
         schedule=Cosine(total_steps=2, warmup_steps=0),
-        plan=StepPlan(global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0),
+        plan=StepPlan(global_batch=6, budgets=Budgets(samples=6), rank=0, world_size=1, seed=0),
         **options,
     )
     trainer: Any = lightning_trainer(

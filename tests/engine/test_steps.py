@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm_train.distributed.testing import run_ranks
-from vlm_train.engine.steps import GradientStep, StepPlan, slice_batch
+from vlm_train.engine.micro_batches import Budgets, take_rows
+from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.objectives.base import SeparableObjective
 from vlm_train.objectives.infonce import InfoNCE
 from vlm_train.objectives.sigmoid import Sigmoid
@@ -86,7 +87,9 @@ def gradients(objective_name: str, plan: StepPlan, dropout: float = 0.0) -> dict
 
 
 def plan_for(rank: int, world_size: int, micro_batch: int | None) -> StepPlan:
-    return StepPlan(global_batch=GLOBAL_BATCH, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=5)
+    return StepPlan(
+        global_batch=GLOBAL_BATCH, budgets=Budgets(samples=micro_batch), rank=rank, world_size=world_size, seed=5
+    )
 
 
 def largest_error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -134,8 +137,8 @@ def test_a_mean_of_means_is_wrong() -> None:
     """The usual accumulation: each micro-batch divides by its own count."""
     torch.manual_seed(0)
     model, objective = TinyModel(0.0).double(), Regression()
-    for start, stop in plan_for(0, 1, 5).slices():
-        output = objective(model, slice_batch(make_batch(0, GLOBAL_BATCH), start, stop))
+    for rows in plan_for(0, 1, 5).cut(make_batch(0, GLOBAL_BATCH)):
+        output = objective(model, take_rows(make_batch(0, GLOBAL_BATCH), rows))
         (output.sum / output.count / 3).backward()
     right = gradients("regression", plan_for(0, 1, None))
     assert float((model.vision.weight.grad - right["model.vision.weight"]).norm()) > 1e-3
@@ -146,9 +149,9 @@ def test_a_micro_batch_has_the_rows_of_every_field_that_has_rows_and_nothing_els
     rows = {name: list(range(GLOBAL_BATCH)) for name in BatchRows.__annotations__}
     others = {name: object() for name in Batch.__annotations__.keys() - rows.keys()}
     assert others.keys() >= {"step", "errors", "place"}
-    sliced = slice_batch({**rows, **others}, 2, 5)  # type: ignore[typeddict-item]
+    sliced = take_rows({**rows, **others}, range(2, 5))  # type: ignore[typeddict-item]
     assert sliced == {name: [2, 3, 4] for name in rows}
-    assert slice_batch(make_batch(0, GLOBAL_BATCH), 2, 5).keys() == {"images", "text_ids", "labels", "weights"}
+    assert take_rows(make_batch(0, GLOBAL_BATCH), range(2, 5)).keys() == {"images", "text_ids", "labels", "weights"}
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 5), (2, 3), (3, None), (4, 2)])
@@ -157,7 +160,7 @@ def test_slices_cover_every_row_once(world_size: int, micro_batch: int | None) -
     for rank in range(world_size):
         plan = plan_for(rank, world_size, micro_batch)
         start, stop = rank_share(GLOBAL_BATCH, rank, world_size)
-        rows = [row for first, last in plan.slices() for row in range(first, last)]
-        assert rows == list(range(stop - start))
-        counts.add(len(plan.slices()))
+        cut = plan.cut(make_batch(start, stop))
+        assert [row for rows in cut for row in rows] == list(range(stop - start))
+        counts.add(len(cut))
     assert len(counts) == 1

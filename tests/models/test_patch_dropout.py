@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_train.distributed import collectives
 from vlm_train.distributed.testing import run_ranks
-from vlm_train.engine.steps import GradientStep, StepPlan, slice_batch
+from vlm_train.engine.micro_batches import Budgets, take_rows
+from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.errors import ConfigError
 from vlm_train.models import dual_encoder
 from vlm_train.models.dual_encoder import DualEncoder
@@ -107,8 +108,8 @@ def gradients(world_size: int, micro_batch: int) -> dict[str, Tensor]:
     """Gradients of one step of the engine on this rank's share, averaged over ranks as data-parallel training does."""
     model, objective = make_model(), InfoNCE().double()
     rank = collectives.rank()
-    plan = StepPlan(global_batch=G, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=0)
-    batch = slice_batch(global_batch(), *rank_share(G, rank, world_size))
+    plan = StepPlan(global_batch=G, budgets=Budgets(samples=micro_batch), rank=rank, world_size=world_size, seed=0)
+    batch = take_rows(global_batch(), range(*rank_share(G, rank, world_size)))
     GradientStep(model=model, objective=objective, plan=plan).run(batch, 5, lambda scalar, is_last: scalar.backward())
     named = {**dict(model.named_parameters()), **dict(objective.named_parameters())}
     return {name: collectives.all_reduce_sum(p.grad) / world_size for name, p in named.items() if p.grad is not None}

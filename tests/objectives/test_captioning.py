@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from vlm_train.distributed import collectives
 from vlm_train.distributed.testing import run_ranks
 from vlm_train.engine import sharding
-from vlm_train.engine.steps import GradientStep, StepPlan, slice_batch
+from vlm_train.engine.micro_batches import Budgets, take_rows
+from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.objectives.captioning import Captioning
 from vlm_train.objectives.infonce import InfoNCE
 from vlm_train.objectives.token_nll import token_nll
@@ -156,7 +157,11 @@ def one_step(num_micro_batches: int, *, sharded: bool = False, wrong: bool = Fal
     start, stop = rank_share(NUM_PAIRS, rank, world_size)
     largest = -(-NUM_PAIRS // world_size)
     plan = StepPlan(
-        global_batch=NUM_PAIRS, micro_batch=-(-largest // num_micro_batches), rank=rank, world_size=world_size, seed=0
+        global_batch=NUM_PAIRS,
+        budgets=Budgets(samples=-(-largest // num_micro_batches)),
+        rank=rank,
+        world_size=world_size,
+        seed=0,
     )
     assert plan.num_micro_batches == num_micro_batches
     model, objective = make_captioner(), make_objective()
@@ -169,7 +174,7 @@ def one_step(num_micro_batches: int, *, sharded: bool = False, wrong: bool = Fal
         sharding.reduce_gradients(model, is_last)
         scalar.backward()
 
-    batch = slice_batch(global_batch(), start, stop)
+    batch = take_rows(global_batch(), range(start, stop))
     loss, _ = GradientStep(model=model, objective=objective, plan=plan).run(batch, 0, backward)
     found = gradients.gradients_of(model, objective)
     return {"loss": loss, **{key: averaged(value) for key, value in found.items()}}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlm_train.distributed import collectives
 from vlm_train.distributed.testing import run_ranks
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.infonce import InfoNCE
@@ -93,8 +94,8 @@ def one_step(num_micro_batches: int, *, implementation: str = "gathered", wrong:
     start, stop = rank_share(NUM_ROWS, rank, world_size)
     batch = Batch(**{key: value[start:stop] for key, value in whole.items()})  # type: ignore[typeddict-item]
     largest = -(-NUM_ROWS // world_size)
-    micro_batch = -(-largest // num_micro_batches)
-    plan = StepPlan(global_batch=NUM_ROWS, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=0)
+    budgets = Budgets(samples=-(-largest // num_micro_batches))
+    plan = StepPlan(global_batch=NUM_ROWS, budgets=budgets, rank=rank, world_size=world_size, seed=0)
     model, objective = Towers(), make(implementation=implementation)
     step = GradientStep(model=model, objective=objective, plan=plan)
     loss, _ = step.run(batch, 0, lambda scalar, is_last: scalar.backward())

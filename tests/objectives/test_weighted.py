@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm_train.distributed import collectives
 from vlm_train.distributed.testing import run_ranks
+from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.steps import GradientStep, StepPlan
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import Objective, SeparableObjective
@@ -92,7 +93,11 @@ def one_step(num_micro_batches: int, wrong: bool = False) -> dict[str, Tensor]:
     batch = Batch(**{key: value[start:stop] for key, value in global_batch().items()})
     largest = -(-NUM_PAIRS // world_size)
     plan = StepPlan(
-        global_batch=NUM_PAIRS, micro_batch=-(-largest // num_micro_batches), rank=rank, world_size=world_size, seed=0
+        global_batch=NUM_PAIRS,
+        budgets=Budgets(samples=-(-largest // num_micro_batches)),
+        rank=rank,
+        world_size=world_size,
+        seed=0,
     )
     model, objective = gradients.Towers(), make()
     if wrong:

@@ -24,6 +24,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.max_steps": (1, MANY),
     "trainer.global_batch": (1, MANY),
     "trainer.micro_batch": (1, MANY),
+    "trainer.micro_tokens": (1, MANY),
+    "trainer.micro_images": (1, MANY),
     **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
     "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),
@@ -31,6 +33,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("data.cache_gb", "data.retry_seconds"), (0, 10**9)),
     "data.max_error_rate": (0, 1),
     **dict.fromkeys(("data.augment.flip", "data.augment.color_jitter", "data.augment.grayscale"), (0, 1)),
+    "strategy.feature_store_gb": (0, 10**9),
     "spikes.threshold": (0, 10**6),
     "spikes.window": (2, 10_000),
     "spikes.rewind_steps": (0, MANY),
@@ -51,7 +54,7 @@ _CHOICES = {
     "logger.mode": ("online", "offline"),
 }
 _NAMES = ("run.experiment", "run.id")
-_PLACES = ("init", "run.dir", "run.resume", "data.selection", "data.classes")
+_PLACES = ("init", "run.dir", "run.resume", "data.selection", "data.captions", "data.classes", "strategy.feature_store")
 _TEXTS = ("logger.project", "logger.entity")
 _PARTS = ("model", "model.vision", "model.text", "model.tokenizer", "objective", "optim", "schedule")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

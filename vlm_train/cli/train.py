@@ -21,6 +21,7 @@ KEYS = """keys (all: vlm-train configs keys)
   trainer.devices trainer.micro_batch          on how many ranks, how much at once; never changes the result
   data.train.shards data.val.shards            a folder, a glob, 'path/{00000..00012}.tar', or a list of these
   data.selection data.num_workers              which samples count; reader processes a rank
+  data.captions                                a table of new captions (vlm-train data recaption)
   optim.lr checkpoint.every_steps              peak learning rate; how often state is saved
   init=RUN|CHECKPOINT                          weights to start from; image size and context may be others
   run.id run.dir run.resume=auto|never|PATH    which run; the same command goes on with an unfinished run
@@ -139,18 +140,21 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
 def _try_parts(config: Any) -> None:
     """Makes what needs neither data nor tokenizer, for its refusals: before a run is there, and not after indexing."""
     from vlm_train import build
+    from vlm_train.engine.micro_batches import Budgets
     from vlm_train.models import attention
 
     attention.require(config.attention.name)
     for name in ("objective", "optim", "schedule"):
         try:
-            build.make(config[name])
+            made = build.make(config[name])
         except VlmError:
             raise
         except Exception as error:  # a value that the class did not expect
             raise ConfigError(f"{name} cannot be built: {error}", got={key: config[name][key] for key in config[name]},
                               allowed=f"the keys and values of {config[name]['_target_']}",
                               remedy=f"vlm-train configs show {name}/CHOICE") from error  # fmt: skip
+        if name == "objective":
+            Budgets.of(config.trainer).check_objective(made)
 
 
 def _try_start(config: Any) -> list[str]:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from vlm_train.distributed import collectives
+from vlm_train.engine.micro_batches import Budgets, Rows, pack_dialogues, take_rows
 from vlm_train.objectives.base import CoupledObjective, Objective, SeparableObjective
-from vlm_train.types import Batch, BatchRows, LossOutput, Model, rank_share
+from vlm_train.types import Batch, LossOutput, Model, rank_share
 
 Backward = Callable[[Tensor, bool], None]
 """(scalar, is_last): backward through the strategy; only the last call of a step reduces gradients over ranks."""
@@ -34,37 +35,34 @@ Backward = Callable[[Tensor, bool], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How this rank cuts its share of the global batch. `micro_batch` None: all at once."""
+    """How this rank cuts its share of the global batch. `budgets`: what it runs forward at once."""
 
     global_batch: int
-    micro_batch: int | None
+    budgets: Budgets
     rank: int
     world_size: int
     seed: int
 
     @property
     def num_micro_batches(self) -> int:
-        """K, equal on every rank: the largest share decides."""
+        """K of samples that are equal, the same on every rank: the largest share decides."""
         largest = -(-self.global_batch // self.world_size)
-        return 1 if self.micro_batch is None else -(-largest // self.micro_batch)
+        return 1 if self.budgets.samples is None else -(-largest // self.budgets.samples)
 
-    def slices(self) -> list[tuple[int, int]]:
-        """[start, stop) of each micro-batch within this rank's batch; the last may be shorter, or empty where K is
-        that of a larger share."""
+    def cut(self, batch: Batch) -> list[Rows]:
+        """The rows of each micro-batch within this rank's batch, as many on every rank. In order; dialogues by what
+        they take, where that has a budget, for then they may be summed in any order."""
+        if self.budgets.weighs_dialogues:
+            return pack_dialogues(batch, self.budgets)
         start, stop = rank_share(self.global_batch, self.rank, self.world_size)
-        return [rank_share(stop - start, index, self.num_micro_batches) for index in range(self.num_micro_batches)]
+        bounds = [rank_share(stop - start, index, self.num_micro_batches) for index in range(self.num_micro_batches)]
+        return [range(*each) for each in bounds]
 
     def seed_for(self, step: int, micro_start: int) -> int:
         """63-bit seed of the micro-batch that starts at row `micro_start` of this rank's batch."""
         position = rank_share(self.global_batch, self.rank, self.world_size)[0] + micro_start
         digest = hashlib.blake2b(f"{self.seed}/{step}/{position}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
-
-
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Rows [start, stop) of every per-sample field; fields of the whole step are left out."""
-    rows = {key: batch[key][start:stop] for key in BatchRows.__annotations__ if key in batch}  # type: ignore[literal-required]
-    return Batch(**rows)  # type: ignore[typeddict-item]
 
 
 class GradientStep:
@@ -75,7 +73,7 @@ class GradientStep:
 
     def run(self, batch: Batch, step: int, backward: Backward) -> tuple[Tensor, dict[str, Tensor]]:
         """(mean loss over the global batch, mean metrics); scalars, equal on every rank."""
-        micro_batches = [(start, slice_batch(batch, start, stop)) for start, stop in self.plan.slices()]
+        micro_batches = [(min(rows, default=0), take_rows(batch, rows)) for rows in self.plan.cut(batch)]
         count = collectives.all_reduce_sum(self.objective.count(batch).detach().clone())
         # DistributedDataParallel averages over ranks; the sum over ranks is what the mean over the global batch needs
         scale = self.plan.world_size / count.double().clamp(min=1)

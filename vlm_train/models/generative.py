@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.base import Connector
+from vlm_train.models.feature_store import FeatureStore
 from vlm_train.models.language import CausalLanguageModel
 from vlm_train.models.packing import Texts
 from vlm_train.models.vision.image import Normalize
@@ -73,6 +74,8 @@ class GenerativeModel(nn.Module):
     modalities: tuple[ModalitySpec, ...] = ()
     part_inputs: Mapping[str, Sequence[str]] = {"connector": ("vision",), "text": ("connector",)}
     """Part -> the parts whose results it reads: through it come the gradients of those."""
+    feature_store: FeatureStore | None = None
+    """Where the tower's tokens come from in training, if it is frozen; whoever trains the model puts it here."""
 
     def __init__(
         self,
@@ -194,8 +197,7 @@ class GenerativeModel(nn.Module):
         width = images_BI3SS.shape[1]
         places = [row * width + index for row, number in enumerate(num_images) for index in range(number)]
         index_N = torch.tensor(places).to(images.device, non_blocking=True)
-        chosen_N3SS = images_BI3SS.flatten(0, 1).index_select(0, index_N)
-        return self._connected(self.normalize(chosen_N3SS) if images.dtype == torch.uint8 else chosen_N3SS)
+        return self._connected(images_BI3SS.flatten(0, 1).index_select(0, index_N))
 
     def _check_images(self, images_BI3SS: Tensor, num_images: Sequence[int]) -> None:
         size = self.image_spec.size
@@ -208,9 +210,16 @@ class GenerativeModel(nn.Module):
                 remedy="build the data with the model's own image_spec and dialogue",
             )
 
-    def _connected(self, pixels_N3SS: Tensor) -> Tensor:
-        tokens_NPD = self.vision.tokens(pixels_N3SS, layer=self.feature_layer)
+    def _connected(self, images_N3SS: Tensor) -> Tensor:
+        """[N, Q, D] of images, uint8 or normalised."""
+        store = self.feature_store if self.training else None
+        tokens_NPD = self._tokens(images_N3SS) if store is None else store(images_N3SS, self._tokens)
         return cast(Tensor, self.connector(tokens_NPD[:, self.first_patch :]))
+
+    def _tokens(self, images_N3SS: Tensor) -> Tensor:
+        """What the tower makes of images. In the layout that stored ones have, since arithmetic may depend on it."""
+        pixels_N3SS = self.normalize(images_N3SS) if images_N3SS.dtype == torch.uint8 else images_N3SS
+        return self.vision.tokens(pixels_N3SS, layer=self.feature_layer).contiguous()
 
     @torch.no_grad()
     def generate(
@@ -238,10 +247,12 @@ class GenerativeModel(nn.Module):
     def forward_flops(self, num_text_tokens: float, num_images: float = 1.0) -> dict[str, float]:
         """Forward FLOPs of one dialogue by part, 2 per multiply-add.
 
-        `num_text_tokens`: all that the language model reads, the tokens of the images included.
+        `num_text_tokens`: all that the language model reads, the tokens of the images included. A tower with a store
+        counts for nothing: how often it runs is not known before.
         """
+        of_image = self.vision.tokens_flops(layer=self.feature_layer) if self.feature_store is None else 0.0
         return {
-            "vision": num_images * self.vision.tokens_flops(layer=self.feature_layer),
+            "vision": num_images * of_image,
             "connector": num_images * self.connector.forward_flops(),
             "text": self.text.forward_flops(num_text_tokens),
         }
