@@ -66,7 +66,7 @@ def _check_shards(data: Mapping[str, Any]) -> None:
     check_weights({f"data.train.shards.{name}": source.get("weight", 1.0) for name, source in train.items()})
     require(len(set(map(str, train))) == len(train), "two sources of data.train.shards have the same name",
             got=", ".join(map(repr, train)), allowed="a name of its own for each", remedy="rename one")  # fmt: skip
-    for key, example in (("selection", "DIR"), ("groups", "{walk: DIR, size: N}")):
+    for key, example in (("selection", "DIR"), ("captions", "DIR"), ("groups", "{walk: DIR, size: N}")):
         require(data[key] is None, f"data.{key} is for a single source of data.train.shards",
                 got=f"data.{key}={data[key]}", allowed="one for each source",
                 remedy=f"data.train.shards.NAME.{key}={example}")  # fmt: skip
@@ -88,16 +88,17 @@ def _check_source(key: str, shards: object) -> None:
 def _check_member(key: str, name: object, source: object) -> None:
     is_named = isinstance(name, str | int) and not isinstance(name, bool) and bool(str(name).strip())
     require(is_named, f"{key}: a source needs a name", got=repr(name), allowed="a text", remedy="rename it")
-    known = {"shards", "weight", "selection", "groups"}
+    known = {"shards", "weight", "selection", "captions", "groups"}
     require(isinstance(source, Mapping) and "shards" in source and set(source) <= known,
             f"{key} is no source of a mixture", got=source,
-            allowed="shards, and if wanted weight, selection and groups",
+            allowed="shards, and if wanted weight, selection, captions and groups",
             remedy=f"{key}={{shards: PATH, weight: 1.0}}")  # fmt: skip
     assert isinstance(source, Mapping)
     _check_source(f"{key}.shards", source["shards"])
-    selection = source.get("selection")
-    require(selection is None or is_place(selection), f"{key}.selection is no path on a local disk",
-            got=selection, allowed="the folder of a selection", remedy=f"{key}.selection=DIR")  # fmt: skip
+    for part, what in (("selection", "a selection"), ("captions", "a table of captions")):
+        where = source.get(part)
+        require(where is None or is_place(where), f"{key}.{part} is no path on a local disk", got=where,
+                allowed=f"the folder of {what}", remedy=f"{key}.{part}=DIR")  # fmt: skip
 
 
 def _check_groups(key: str, groups: object, shuffle_window: int, global_batch: int) -> None:
@@ -124,7 +125,7 @@ def _check_streaming(data: Mapping[str, Any]) -> None:
     require(not isinstance(data["train"]["shards"], Mapping), "a mixture cannot be streamed",
             got="data.streaming=true, several sources in data.train.shards", allowed="one source",
             remedy="data.streaming=false")  # fmt: skip
-    for key, what in (("selection", "a selection needs"), ("groups", "groups need")):
+    for key, what in (("selection", "a selection needs"), ("captions", "captions need"), ("groups", "groups need")):
         require(data[key] is None, f"{what} a manifest, which a stream has not",
                 got=f"data.streaming=true data.{key}={data[key]}", allowed=f"data.{key}=null",
                 remedy="data.streaming=false")  # fmt: skip

@@ -1,11 +1,11 @@
-"""`vlm-train data`: datasets from what people have (`import`, `make`), what is done with shards (`cli/shards`), and the
-walk that a trained model makes through them (`cli/walk`)."""
+"""`vlm-train data`: datasets from what people have (`import`, `make`), what is done with shards (`cli/shards`), and by
+trained models: the walk through them (`cli/walk`) and new captions of them (`cli/recaption`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlm_train.cli import shards, walk
+from vlm_train.cli import recaption, shards, walk
 from vlm_train.cli.options import (
     Action,
     Option,
@@ -55,6 +55,12 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]
                                         [--num-workers 1]
            the samples in an order in which neighbours are alike to a trained model, for data.groups (hard negatives)
+       vlm-train data recaption SHARDS ... --out DIR --run RUN|--model FOLDER [--scorer RUN] [--min-score 0.2]
+                                        [--num-captions 1] [--temperature 1] [--top-p 0.9] [--prompt TEXT]
+                                        [--max-tokens 64] [--originals keep|drop] [--selection DIR] [--seed 0]
+                                        [--checkpoint PATH] [--batch-size 32] [--part-size 1024] [--device NAME]
+           captions that a model writes, beside the samples' own, for data.captions; a trained contrastive model may
+           score them and drop those that do not fit (CapFilt); the same command goes on after a kill
 SHARDS are tars, .beton files, folders of these or of images, globs, 'path/{00000..00012}.tar', or URLs of tars
 (https:// s3:// gs://)"""
 
@@ -69,7 +75,8 @@ def main(words: list[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, "walk": walk.make_walk}
+    by_models: dict[str, Action] = {"walk": walk.make_walk, "recaption": recaption.make_table}
+    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, **by_models}
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
 
 

@@ -75,6 +75,22 @@ def share(*, zero: bool, one: bool) -> Kind:
     return read
 
 
+def number(low: float, high: float) -> Kind:
+    """A number of [low, high]."""
+
+    def read(name: str, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ConfigError(f"{name} is out of range", got=text, allowed=f"a number from {low:g} to {high:g}",
+                              remedy=_example(name, min(max(low, 0.2), high)))  # fmt: skip
+        return value
+
+    return read
+
+
 def choice(*known: str) -> Kind:
     """One of these words."""
 

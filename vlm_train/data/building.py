@@ -18,15 +18,18 @@ from vlm_train.data.grouped import Groups
 from vlm_train.data.indexing import Progress, open_manifest
 from vlm_train.data.manifest import Manifest
 from vlm_train.data.selection import Selection
+from vlm_train.data.sources.recaptioned import RecaptionedSource
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.data.steps import Ingredient, StreamSpec, StreamSteps, TrainSteps, mixture_of
 from vlm_train.data.streaming import TapeSteps, tars
 from vlm_train.data.tape import ShuffledTapes
 from vlm_train.data.walk import Walk
 from vlm_train.errors import ConfigError
+from vlm_train.log import get_logger
 from vlm_train.types import Batch
 
 Data = Mapping[str, Any]
+log = get_logger(__name__)
 
 _MAX_CAPTIONED = 20_000  # samples whose captions tell what is likely to be said
 
@@ -98,43 +101,68 @@ def train_steps(data: Data, spec: StreamSpec, encoder: SampleEncoder, rank: int,
 
 def check_train(data: Data, spec: StreamSpec) -> None:
     """Raises what `train_steps` would raise of the shards and selections, before anything else of a run is there."""
-    if not data["streaming"]:
-        mixture_of(_ingredients(data, spec), spec)
+    if data["streaming"]:
+        return
+    ingredients = _ingredients(data, spec)
+    mixture_of(ingredients, spec)
+    for source in (ingredient.source for ingredient in ingredients):
+        if isinstance(source, RecaptionedSource):
+            log.info("%s", source.tally())
 
 
 def train_captions(data: Data, max_samples: int = MAX_SAMPLES, *, with_dialogues: bool = False) -> CaptionStream:
-    """What a tokenizer is trained on: the captions of all sources, and if asked for what is said in dialogues, whatever
-    a selection says; of a larger source those of `max_samples` samples, evenly spaced."""
+    """What a tokenizer is trained on: the captions of all sources, new ones where there are some, and if asked for what
+    is said in dialogues, whatever a selection says; of a larger source those of `max_samples` evenly spaced samples."""
     if data["streaming"]:
         options = _options(data)
         tapes = ShuffledTapes(tars(data["train"]["shards"], options), seed=0, buffer=0, options=options)
         return CaptionStream(lambda: itertools.islice(tapes.epoch(0, []), max_samples), with_dialogues)
-    named = _named(data["train"]["shards"])
-    sources = [ShardSource(shards=source["shards"], options=_options(data)) for _, source in named]
+    sources = [_source(data, described) for _, described in _named_for_training(data)]
     samples = partial(every_sample, max_samples=max_samples)
     return CaptionStream(lambda: itertools.chain.from_iterable(map(samples, sources)), with_dialogues)
 
 
 def _named(shards: Any, alone: Mapping[str, Any] | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """(name, {shards, weight, selection, groups}) of each source; a single one has no name, and what `alone` says."""
-    absent = {"weight": 1.0, "selection": None, "groups": None}
+    """(name, {shards, weight, selection, captions, groups}) of each source; a single one has no name, and what `alone`
+    says."""
+    absent = {"weight": 1.0, "selection": None, "captions": None, "groups": None}
     if isinstance(shards, Mapping):
         return [(str(name), {**absent, **source}) for name, source in shards.items()]
     return [("", {**absent, **(alone or {}), "shards": shards})]
 
 
+def _named_for_training(data: Data) -> list[tuple[str, dict[str, Any]]]:
+    """`_named` of the training split. Runs of before a key have it not."""
+    alone = {key: data.get(key) for key in ("selection", "captions", "groups")}
+    return _named(data["train"]["shards"], alone)
+
+
 def _ingredients(data: Data, spec: StreamSpec) -> list[Ingredient]:
-    alone = {key: data[key] for key in ("selection", "groups")}
-    return [_ingredient(data, name, source, spec) for name, source in _named(data["train"]["shards"], alone)]
+    return [_ingredient(data, name, described, spec) for name, described in _named_for_training(data)]
+
+
+def _source(data: Data, described: Mapping[str, Any]) -> ShardSource | RecaptionedSource:
+    shards = ShardSource(shards=described["shards"], options=_options(data))
+    return RecaptionedSource(shards, described["captions"]) if described["captions"] else shards
 
 
 def _ingredient(data: Data, name: str, described: Mapping[str, Any], spec: StreamSpec) -> Ingredient:
-    source = ShardSource(shards=described["shards"], options=_options(data))
+    source = _source(data, described)
     where, asked = described["selection"], described["groups"]
     selection = Selection.load(Path(where), source.fingerprint) if where else Selection.all(len(source))
     groups = Groups(walk=Walk.load(asked["walk"], source.fingerprint), size=asked["size"]) if asked else None
-    source.expect(selection, len(source.manifest.shards) if groups else spec.shuffle_window)
-    return Ingredient(name=name, source=source, selection=selection, groups=groups, weight=described["weight"])
+    captions = ""
+    if isinstance(source, RecaptionedSource):
+        selection, captions = source.narrowed(selection), source.captions_fingerprint
+    source.expect(selection, len(source.shard_starts) - 1 if groups else spec.shuffle_window)
+    return Ingredient(
+        name=name,
+        source=source,
+        selection=selection,
+        groups=groups,
+        weight=described["weight"],
+        captions=captions,
+    )
 
 
 def _options(data: Data) -> StorageOptions:

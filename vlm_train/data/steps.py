@@ -53,13 +53,14 @@ class StreamSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingredient:
     """One source of a run: its samples, which of them count, which stay together, and its part of the stream relative
-    to the others."""
+    to the others. `captions`: fingerprint of the table that its captions come from."""
 
     source: Source
     selection: Selection
     groups: Groups | None = None
     name: str = ""
     weight: float = 1.0
+    captions: str = ""
 
 
 class Steps(Dataset):
@@ -139,6 +140,7 @@ class TrainSteps(StreamSteps):
         self.sources = [ingredient.source for ingredient in ingredients]
         self.mixture = mixture_of(ingredients, spec)
         self.samples_per_epoch = self.mixture.epoch_length
+        self._captions = [ingredient.captions for ingredient in ingredients]
 
     def definition(self) -> dict[str, Any]:
         """See `StreamSteps.definition`. Of several sources the hashes are hashed, so that the state stays small."""
@@ -150,6 +152,7 @@ class TrainSteps(StreamSteps):
             "manifest": _joined([member.manifest for member in members]),
             "selection": _joined([order.selection.fingerprint for order in orders]),
             "groups": _joined(groups) if any(groups) else None,
+            "captions": _joined(self._captions) if any(self._captions) else None,
             "mixture": self.mixture.fingerprint,
         }
 
