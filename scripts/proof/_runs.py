@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,18 +39,48 @@ def train_words(data: Path, *extra: str) -> list[str]:
 
 def start(folder: Path, words: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
     """Starts `vlm-train WORDS` in `folder`; the child gets no terminal and no network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "vlm_train.cli.main", *words]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL, **popen)
+    return subprocess.Popen(command, cwd=folder, env=_environment(), text=True, stdin=subprocess.DEVNULL, **popen)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 
 def call(folder: Path, words: Sequence[str], expect: int = 0, timeout: float = 300) -> str:
-    """Runs `vlm-train WORDS` to its end and returns what it printed; another exit code than `expect` is an error."""
-    process = start(folder, words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=timeout)
-    if process.returncode != expect:
-        raise AssertionError(f"vlm-train {' '.join(words)} ended with {process.returncode}, not {expect}:\n{output}")
+    """Runs `vlm-train WORDS` to its end and returns what it printed; another exit code than `expect` is an error.
+
+    The process is a copy of one that has imported everything, which takes longer than most of these runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_train.training", "vlm_train.cli.main"])
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        process = context.Process(target=_command, args=(str(folder), list(words), _environment(), log.name))
+        process.start()
+        process.join(timeout)
+        is_late = process.is_alive()
+        if is_late:
+            process.kill()
+            process.join()
+        output = log.read()
+    if is_late or process.exitcode != expect:
+        ended = f"took more than {timeout:g} s" if is_late else f"ended with {process.exitcode}, not {expect}"
+        raise AssertionError(f"vlm-train {' '.join(words)} {ended}:\n{output}")
     return output
+
+
+def _command(folder: str, words: list[str], environment: dict[str, str], log: str) -> None:
+    """What the process of `call` does: as `start`, with what it says in a file."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY), (log, os.O_WRONLY | os.O_APPEND)]):
+        os.dup2(os.open(path, flags), number)
+    os.dup2(1, 2)
+    sys.argv = ["vlm-train", *words]
+    from vlm_train.cli.main import main
+
+    sys.exit(main(words))
 
 
 def signal_after(folder: Path, words: Sequence[str], run: Path, step: int, number: int, timeout: float = 300) -> int:
