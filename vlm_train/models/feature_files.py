@@ -29,9 +29,11 @@ from vlm_train.log import get_logger
 
 LOG = get_logger(__name__)
 KEY_BYTES, CHECK_BYTES = 16, 4
-_HEADER = struct.Struct("<8sII16s")
+_HEADER = struct.Struct("<8sII12sI")
 _MAGIC = b"features"
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,18 @@ class Form:
 
     def header(self) -> bytes:
         """As an index begins."""
-        return _HEADER.pack(_MAGIC, self.num_tokens, self.width, str(self.dtype).encode())
+        values = (_MAGIC, self.num_tokens, self.width, str(self.dtype).removeprefix("torch.").encode())
+        return _HEADER.pack(*values, zlib.crc32(_HEADER.pack(*values, 0)))
 
     @staticmethod
     def read(header: bytes) -> Form | None:
         """None of what is no header, or is not whole yet."""
         if len(header) < _HEADER.size:
             return None
-        magic, num_tokens, width, name = _HEADER.unpack(header[: _HEADER.size])
+        _, num_tokens, width, name, _ = _HEADER.unpack(header)
         dtype = _DTYPES.get(name.rstrip(b"\0").decode(errors="replace"))
-        return Form(num_tokens, width, dtype) if magic == _MAGIC and dtype is not None else None
+        form = None if dtype is None else Form(num_tokens, width, dtype)
+        return form if form is not None and form.header() == header else None
 
 
 def rows_of(tensor: Tensor) -> NDArray[np.uint8]:
@@ -88,19 +92,22 @@ class FeatureFiles:
 
     def read(self, keys: Sequence[bytes]) -> Tensor | None:
         """Features [N, P, D] of the pictures with these keys, on the host; None unless all of them are there."""
-        found = [self._reader_of(key) for key in keys]
-        if None in found:
+        if any(self._reader_of(key) is None for key in keys):
             self._refresh()
-            found = [self._reader_of(key) for key in keys]
-        readers = [reader for reader in found if reader is not None]
-        forms = {reader.form for reader in readers}
-        form = next(iter(forms), None)
-        if len(readers) < len(keys) or len(forms) != 1 or form is None:
+        first = self._reader_of(keys[0])
+        if first is None or first.form is None or any(self._reader_of(key) is None for key in keys):
             return None
+        form = first.form  # one tower gives features of one form
         features = torch.empty(len(keys), form.num_tokens, form.width, dtype=form.dtype)
         rows = features.flatten(1).view(torch.uint8).numpy()
-        is_read = [reader.read(key, row) for reader, key, row in zip(readers, keys, rows, strict=True)]
-        return features if all(is_read) else None
+        return features if all(self._fill(row, key) for row, key in zip(rows, keys, strict=True)) else None
+
+    def _fill(self, row: NDArray[np.uint8], key: bytes) -> bool:
+        """From the first record of this key that is whole."""
+        while (reader := self._reader_of(key)) is not None:
+            if reader.read(key, row):
+                return True
+        return False
 
     def add(self, keys: Sequence[bytes], features_NPD: Tensor) -> None:
         """Keeps what is not there yet. Where that cannot be, a warning says so, and nothing more is kept."""
