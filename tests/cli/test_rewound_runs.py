@@ -108,15 +108,15 @@ def test_a_loss_above_the_threshold_is_taken_back_wherever_checkpoints_lie(
 def test_a_poisoned_batch_is_passed_over_alike_by_every_strategy(tmp_path: Path, scenes: Path) -> None:
     """With StableAdamW and layer-wise rates, so that what one strategy learns is what the others learn there too."""
     alone, killed, sharded = (tmp_path / name for name in ("alone", "killed", "sharded"))
-    _runs.call(tmp_path, words(scenes, alone, *STABLE))
+    _runs.call_anew(tmp_path, words(scenes, alone, *STABLE))
     assert [row["step"] for row in _runs.rows(alone)] == list(range(1, NUM_STEPS + 1))
     assert told(alone) == [{
         "event": "rewind", "step": 8, "reason": "the loss is not finite", "value": "nan", "threshold": None,
         "kept": 7, "skipped": [7, 8],
     }]  # fmt: skip
     _runs.kill_after(tmp_path, words(scenes, killed, *DDP, *STABLE), killed, 8)
-    _runs.call(tmp_path, words(scenes, killed, *DDP, *STABLE))
-    _runs.call(tmp_path, words(scenes, sharded, *SHARDED, *STABLE))
+    _runs.call_anew(tmp_path, words(scenes, killed, *DDP, *STABLE))
+    _runs.call_anew(tmp_path, words(scenes, sharded, *SHARDED, *STABLE))
     for run in (killed, sharded):
         assert told(run) == told(alone)
         assert _runs.losses(run) == pytest.approx(_runs.losses(alone), abs=1e-12)  # measured 1.3e-15
