@@ -7,7 +7,7 @@ things into knapsacks: by first fit decreasing for their number, then evenly, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from vlm_train.objectives.base import Objective
 from vlm_train.types import Batch, BatchRows, DialogueSpec
 
 Rows = Sequence[int]
-_Choice = Callable[[NDArray[np.float64], Sequence[int]], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,36 +75,30 @@ def pack(sizes_NB: NDArray[np.float64], num_groups: int = 0) -> list[list[int]]:
         sizes_NB: which share of each of B budgets a row takes, each at most 1.
         num_groups: the fewest groups.
     """
-    order = np.argsort(-sizes_NB.max(axis=1), kind="stable")
-    tight = _fill(order, sizes_NB, [], _first)
-    even = _fill(order, sizes_NB, [[] for _ in range(max(num_groups, len(tight)))], _emptiest)
-    if len(even) > max(num_groups, len(tight)):  # evenness may strew small rows over the room of a large one
-        even = tight + [[] for _ in range(num_groups - len(tight))]
+    tight = _fill(sizes_NB, 0, evenly=False)
+    most = max(num_groups, len(tight))
+    even = _fill(sizes_NB, most, evenly=True)
+    if len(even) > most:  # evenness may strew small rows over the room of a large one
+        even = tight + [[] for _ in range(most - len(tight))]
     return sorted(even, key=lambda rows: -sizes_NB[rows].sum(axis=0).max(initial=0))
 
 
-def _fill(
-    order: NDArray[np.int64], sizes_NB: NDArray[np.float64], groups: list[list[int]], choose: _Choice
-) -> list[list[int]]:
-    loads = [np.zeros(sizes_NB.shape[1]) for _ in groups]
-    for row in order.tolist():
-        fitting = [index for index, load in enumerate(loads) if (load + sizes_NB[row] <= 1 + 1e-9).all()]
-        if not fitting:
+def _fill(sizes_NB: NDArray[np.float64], num_groups: int, *, evenly: bool) -> list[list[int]]:
+    """The largest row first, into the first group that has room, or into the emptiest that has; a new one where none
+    of `num_groups` and those opened since has."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    loads_GB = np.zeros((num_groups + len(sizes_NB), sizes_NB.shape[1]))
+    for row in np.argsort(-sizes_NB.max(axis=1), kind="stable").tolist():
+        open_GB = loads_GB[: len(groups)]
+        fitting = np.flatnonzero((open_GB + sizes_NB[row] <= 1 + 1e-9).all(axis=1))
+        if not len(fitting):
+            chosen = len(groups)
             groups.append([])
-            loads.append(np.zeros(sizes_NB.shape[1]))
-            fitting = [len(groups) - 1]
-        chosen = choose(np.array([loads[index].max() for index in fitting]), fitting)
+        else:
+            chosen = int(fitting[open_GB[fitting].max(axis=1).argmin()] if evenly else fitting[0])
         groups[chosen].append(row)
-        loads[chosen] = loads[chosen] + sizes_NB[row]
+        loads_GB[chosen] += sizes_NB[row]
     return groups
-
-
-def _first(loads: NDArray[np.float64], fitting: Sequence[int]) -> int:
-    return fitting[0]
-
-
-def _emptiest(loads: NDArray[np.float64], fitting: Sequence[int]) -> int:
-    return fitting[int(loads.argmin())]
 
 
 def pack_dialogues(batch: Batch, budgets: Budgets) -> list[Rows]:
@@ -127,19 +120,14 @@ def take_rows(batch: Batch, rows: Rows) -> Batch:
 
     No rows are the first one, which then counts for nothing: whoever shares the weights waits for a forward pass.
     """
-    if isinstance(rows, range):
-        return _each_field(batch, lambda value: value[rows.start : rows.stop])
-    chosen = list(rows) or [0]
-    taken = _each_field(batch, lambda value: _chosen(value, chosen))
-    if not rows:
+    chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows) or [0]
+    names = [name for name in BatchRows.__annotations__ if name in batch]
+    taken = Batch(**{name: _chosen(batch[name], chosen) for name in names})  # type: ignore[typeddict-item, literal-required]
+    if not rows and isinstance(chosen, list):
         taken["weights"] = torch.zeros_like(taken["weights"])
     return taken
 
 
-def _chosen(value: torch.Tensor | list[object], rows: list[int]) -> torch.Tensor | list[object]:
-    return value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
-
-
-def _each_field(batch: Batch, taken: Callable[..., object]) -> Batch:
-    names = [name for name in BatchRows.__annotations__ if name in batch]
-    return Batch(**{name: taken(batch[name]) for name in names})  # type: ignore[typeddict-item, literal-required]
+def _chosen(value: Any, rows: slice | list[int]) -> Any:
+    gathers = isinstance(value, list) and isinstance(rows, list)
+    return [value[row] for row in rows] if gathers else value[rows]  # type: ignore[union-attr]
