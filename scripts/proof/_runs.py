@@ -14,6 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vlm_train.data.sources.shards import ShardSource
+
+# The model of model=llava_tiny, cut down.
+TINY_ANSWERER = (
+    "model=llava_tiny", "objective=next_token", "data=scenes", "evaluation=none", "model.vision.image.size=32",
+    "model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2",
+    "model.text.architecture.hidden_size=32", "model.text.architecture.intermediate_size=64",
+    "model.text.architecture.num_hidden_layers=2", "model.text.architecture.num_attention_heads=2",
+    "model.text.architecture.num_key_value_heads=2", "model.tokenizer.vocab_size=300", "schedule.warmup_steps=1",
+    "trainer.num_threads=1", "trainer.accelerator=cpu", "data.num_workers=0", "optim.lr=1e-2",
+)  # fmt: skip
 # The towers of model=clip_tiny, cut down: a step takes a few milliseconds, a run a few seconds.
 TINY = (
     "model.vision.image.size=32", "model.vision.patch_size=8", "model.vision.width=32", "model.vision.num_layers=1",
@@ -30,6 +43,15 @@ def make_scenes(folder: Path, num_samples: int = 240, *extra: str) -> Path:
     sizes = ["--num-samples", str(num_samples), "--seed", "1", "--size", "32"]
     call(folder, ["data", "make", "scenes", str(out), *sizes, *extra])
     return out
+
+
+def truth_of(shards: Path) -> dict[bytes, tuple[list[str], list[str]]]:
+    """Of scenes by uid: the captions that a sample has, and those that are true."""
+    source, found = ShardSource(shards=str(shards)), {}
+    for sample in source.read(np.arange(len(source))):
+        told = json.loads(sample.parts["json"])
+        found[sample.uid] = told["captions"], told.get("corruption", {}).get("true_captions", told["captions"])
+    return found
 
 
 def train_words(data: Path, *extra: str) -> list[str]:

@@ -73,7 +73,8 @@ def judged(folder: Path, seed: int) -> tuple[float, float, float, float, float]:
 
 def measured(folder: Path) -> tuple[float, float, float, float, float]:
     facts = json.loads((folder / "table" / "provenance.json").read_text())
-    truth = true_captions(folder / "noisy" / "train")
+    captions = _runs.truth_of(folder / "noisy" / "train")
+    truth = {(uid, text): text in true for uid, (own, true) in captions.items() for text in own}
     rows = [
         row for path in sorted((folder / "table").glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()
     ]
@@ -88,20 +89,6 @@ def measured(folder: Path) -> tuple[float, float, float, float, float]:
     both = len(kept & true)
     shares = both / len(kept), both / len(true), len(kept) / len(truth), facts["num_synthetic"] / new
     return len(true) / len(truth), *shares
-
-
-def true_captions(shards: Path) -> dict[tuple[bytes, str], bool]:
-    """Of each original caption of each sample whether it is true."""
-    import numpy as np
-
-    from vlm_train.data.sources.shards import ShardSource
-
-    source, found = ShardSource(shards=str(shards)), {}
-    for sample in source.read(np.arange(len(source))):
-        told = json.loads(sample.parts["json"])
-        right = told.get("corruption", {}).get("true_captions", told["captions"])
-        found |= {(sample.uid, text): text in right for text in told["captions"]}
-    return found
 
 
 if __name__ == "__main__":

@@ -13,14 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "proof"
 import _runs
 
 SMALL = (
-    "model=llava_tiny", "objective=next_token", "data=scenes", "evaluation=none", "model.vision.image.size=32",
-    "model.vision.width=32", "model.vision.num_layers=1", "model.vision.num_heads=2",
-    "model.text.architecture.hidden_size=32", "model.text.architecture.intermediate_size=64",
-    "model.text.architecture.num_hidden_layers=2", "model.text.architecture.num_attention_heads=2",
-    "model.text.architecture.num_key_value_heads=2", "model.tokenizer.vocab_size=300", "schedule.warmup_steps=1",
-    "trainer.max_steps=8", "trainer.global_batch=80", "trainer.num_threads=1", "trainer.accelerator=cpu",
-    "data.num_workers=0", "data.template=plain", "data.augment.scale=null", "checkpoint.every_steps=3",
-    "optim=adamw_connector", "optim.lr=1e-2", "trainer.micro_batch=20",
+    *_runs.TINY_ANSWERER, "trainer.max_steps=8", "trainer.global_batch=80", "data.template=plain",
+    "data.augment.scale=null", "checkpoint.every_steps=3", "optim=adamw_connector", "trainer.micro_batch=20",
 )  # fmt: skip
 NO_WEIGHTS = """
 import sys

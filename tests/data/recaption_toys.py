@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,9 @@ from vlm_train.data.scenes.make import Variant, make_scenes
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "proof"))  # for the process
+import _runs
+
 WORDS = ("red", "blue", "green", "circle", "square", "star", "left", "right")
 NUM_TOKENS = 6
 
@@ -25,16 +27,6 @@ def mismatched_scenes(out: Path, num_samples: int = 40) -> Path:
     half = Variant(corruption={"caption_mismatch": 0.5})
     make_scenes(out, num_samples=num_samples, seed=3, size=32, val_fraction=0.0, variant=half, num_workers=1)
     return out / "train"
-
-
-def truth_of(shards: Path) -> dict[bytes, tuple[list[str], list[str]]]:
-    """uid -> (the captions that a sample has, those that are true)."""
-    source = ShardSource(shards=str(shards))
-    found = {}
-    for sample in source.read(np.arange(len(source))):
-        told = json.loads(sample.parts["json"])
-        found[sample.uid] = told["captions"], told.get("corruption", {}).get("true_captions", told["captions"])
-    return found
 
 
 class Parrot:
@@ -76,7 +68,7 @@ class Oracle:
 
     def __init__(self, shards: Path, *, blind: bool = False) -> None:
         source, self.blind = ShardSource(shards=str(shards)), blind
-        truth = truth_of(shards)
+        truth = _runs.truth_of(shards)
         samples = source.read(np.arange(len(source)))
         self.true = {hashlib.sha256(each.parts["png"]).hexdigest(): set(truth[each.uid][1]) for each in samples}
 

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import _runs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_fixtures import write_dataset
-from recaption_toys import Mute, Oracle, Parrot, caption, mismatched_scenes, truth_of
+from recaption_toys import Mute, Oracle, Parrot, caption, mismatched_scenes
 
 from vlm_train.data.recaption_table import SCHEMA, CaptionTable
 from vlm_train.errors import DataError
@@ -42,7 +43,7 @@ def contents(table: Path) -> dict[str, bytes]:
 
 def test_a_row_has_the_captions_of_its_sample_and_who_wrote_them(shards: Path, tmp_path: Path) -> None:
     found = caption(shards, tmp_path / "table", num_captions=3)
-    truth, rows = truth_of(shards), rows_of(tmp_path / "table")
+    truth, rows = _runs.truth_of(shards), rows_of(tmp_path / "table")
     assert rows.keys() == truth.keys() and not found.already_there
     for uid, row in rows.items():
         own = list(dict.fromkeys(truth[uid][0]))
@@ -78,7 +79,7 @@ def test_dice_that_the_rows_of_a_batch_share_are_noticed(shards: Path, tmp_path:
 
 def precision_and_recall(table: Path, shards: Path) -> tuple[float, float]:
     """Of the original captions that were kept, how many are true; of those that are true, how many were kept."""
-    truth, rows = truth_of(shards), rows_of(table)
+    truth, rows = _runs.truth_of(shards), rows_of(table)
     kept = [
         (uid, text)
         for uid, row in rows.items()
@@ -107,7 +108,7 @@ def test_the_filter_keeps_what_is_true_of_the_picture(shards: Path, tmp_path: Pa
 
 def test_scores_are_kept_without_a_threshold(shards: Path, tmp_path: Path) -> None:
     rows = rows_of(caption(shards, tmp_path / "table", scorer=Oracle(shards)).directory)
-    truth = truth_of(shards)
+    truth = _runs.truth_of(shards)
     for uid, row in rows.items():
         wanted = [0.9 if text in truth[uid][1] else 0.1 for text in row["captions"]]
         assert row["caption_scores"] == pytest.approx(wanted, abs=1e-6)
@@ -129,7 +130,7 @@ def test_a_killed_process_goes_on_and_the_table_is_the_same(shards: Path, tmp_pa
     caption(shards, tmp_path / "killed", num_captions=2, captioner=rest)
     assert contents(tmp_path / "killed") == contents(whole)
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == when for name, when in first.items())
-    assert sum(rest.sizes) == 2 * (len(truth_of(shards)) - 8 * len(first))
+    assert sum(rest.sizes) == 2 * (len(_runs.truth_of(shards)) - 8 * len(first))
     again = Parrot()
     assert caption(shards, tmp_path / "killed", num_captions=2, captioner=again).already_there and not again.sizes
 
@@ -170,6 +171,6 @@ def test_silence_and_pictures_that_cannot_be_asked_about_are_counted(shards: Pat
     facts = caption(shards, tmp_path / "table", captioner=Mute(), originals=False).facts
     assert facts["num_empty"] > 10 and facts["num_without"] == facts["num_empty"]
     assert facts["skipped"] == {"an answer does not fit behind its prompt": facts["num_skipped"]}
-    assert facts["num_skipped"] + facts["num_empty"] + facts["num_synthetic"] == len(truth_of(shards))
+    assert facts["num_skipped"] + facts["num_empty"] + facts["num_synthetic"] == len(_runs.truth_of(shards))
     with pytest.raises(DataError, match="not one picture"):
         caption(shards, tmp_path / "none", captioner=Parrot(unfit=""))

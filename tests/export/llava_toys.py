@@ -133,6 +133,18 @@ def refusal_of(
     return str(caught.value.got).split()
 
 
+def check_twin_is_refused(
+    folder: Path, twin: tuple[str, Callable[[dict[str, Any]], Any]], compared: Callable[[], object], least: float
+) -> None:
+    """A change of config.json moves logits by `least` or more; one of the processor, tokens or pixels."""
+    name, change = twin
+    said = refusal_of(folder, name, change, compared)
+    if name == "config.json":
+        assert float(said[2].rstrip(",")) > least
+    else:
+        assert "tokens False" in " ".join(said) or float(said[-1]) > 4
+
+
 def drawing(number: int) -> Image.Image:
     """A picture of its own size."""
     height, width = 30 + 7 * number, 61 - 9 * number

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from idefics2_toys import SQUASHED, make_idefics, save_idefics
-from llava_toys import SIGLIP, answering, drawing, make_vision, refusal_of, save_tower, words
+from llava_toys import SIGLIP, answering, check_twin_is_refused, drawing, make_vision, save_tower, words
 
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.certificate import TOLERANCE, Prepare
@@ -168,12 +168,8 @@ def test_a_folder_that_is_another_model_is_refused(
     model = make_idefics(tokenizer)
     trained, own = answering(model, tokenizer), prepare(model.image_spec)
     export_model(trained, target="transformers", out=out, prepare=own)
-    name, change = TWINS[twin]
-    said = refusal_of(out, name, change, lambda: compare(trained, Idefics2InTransformers(out), prepare=own))
-    if name == "config.json":
-        assert float(said[2].rstrip(",")) > 10 * TOLERANCE  # measured 5.9e-4 and 0.17
-    else:
-        assert "tokens False" in " ".join(said) or float(said[-1]) > 4
+    least = 10 * TOLERANCE  # measured 5.9e-4 and 0.17
+    check_twin_is_refused(out, TWINS[twin], lambda: compare(trained, Idefics2InTransformers(out), prepare=own), least)
 
 
 def test_keys_in_the_place_of_values_are_noticed(tokenizer: Tokenizer, out: Path) -> None:

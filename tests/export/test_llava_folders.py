@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from llava_toys import SIGLIP, answering, drawing, make_model, make_vision, refusal_of, save_llava, save_tower, words
+from llava_toys import (
+    SIGLIP,
+    answering,
+    check_twin_is_refused,
+    drawing,
+    make_model,
+    make_vision,
+    refusal_of,
+    save_llava,
+    save_tower,
+    words,
+)
 from torch import Tensor
 
 from vlm_train.errors import CheckpointError, ConfigError
@@ -202,12 +213,8 @@ def test_a_folder_that_is_another_model_is_refused(
     model = make_model(tokenizer)
     trained, own = answering(model, tokenizer), prepare(model.image_spec)
     export_model(trained, target="transformers", out=out, prepare=own)
-    name, change = TWINS[twin]
-    said = refusal_of(out, name, change, lambda: compare(trained, LlavaInTransformers(out), prepare=own))
-    if name == "config.json":
-        assert float(said[2].rstrip(",")) > 100 * TOLERANCE  # measured 1.1 and 0.008
-    else:
-        assert "tokens False" in " ".join(said) or float(said[-1]) > 4
+    least = 100 * TOLERANCE  # measured 1.1 and 0.008
+    check_twin_is_refused(out, TWINS[twin], lambda: compare(trained, LlavaInTransformers(out), prepare=own), least)
 
 
 @pytest.mark.parametrize("layer", [-1, -3])

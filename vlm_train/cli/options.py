@@ -6,6 +6,7 @@ could not use, outputs included, so that nothing is found out after the work is 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -64,10 +65,7 @@ def share(*, zero: bool, one: bool) -> Kind:
     allowed = f"a number {'from' if zero else 'above'} 0 {'up to' if one else 'to below'} 1"
 
     def read(name: str, text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
+        value = _number_of(text)
         if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
             raise ConfigError(f"{name} is out of range", got=text, allowed=allowed, remedy=_example(name, 0.1))
         return value
@@ -75,14 +73,19 @@ def share(*, zero: bool, one: bool) -> Kind:
     return read
 
 
+def _number_of(text: str) -> float:
+    """NaN, which lies in no range, of what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def number(low: float, high: float) -> Kind:
     """A number of [low, high]."""
 
     def read(name: str, text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
+        value = _number_of(text)
         if not low <= value <= high:
             raise ConfigError(f"{name} is out of range", got=text, allowed=f"a number from {low:g} to {high:g}",
                               remedy=_example(name, min(max(low, 0.2), high)))  # fmt: skip

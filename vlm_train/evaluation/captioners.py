@@ -5,7 +5,6 @@ Each has `source`, its name with a hash of its weights, which a table of caption
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,6 +24,7 @@ from vlm_train.evaluation.answering import Answerer
 from vlm_train.evaluation.base import Embed
 from vlm_train.evaluation.nucleus import KeyedNucleus, drawn_by
 from vlm_train.evaluation.ranking import check_unit
+from vlm_train.models.feature_store import weights_digest
 from vlm_train.types import Batch, Grid
 
 PROMPT = "Describe the picture."
@@ -223,11 +223,7 @@ class EmbeddingScorer:
 
 def hash_of(model: nn.Module) -> str:
     """16 hex digits that tell a model's weights, as they were loaded."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:_HASHED]
+    return weights_digest(model).hex()[:_HASHED]
 
 
 def _model(location: str, dtype: torch.dtype | str) -> Any:
