@@ -44,3 +44,8 @@ def write_until_killed(folder: str) -> None:
     for first in range(1, 10**6, 3):
         numbers = range(first, first + 3)
         files.add([key_of(number) for number in numbers], torch.stack([features_of(number) for number in numbers]))
+
+
+def read_where_nothing_may_be_written(folder: str) -> None:
+    """Reads one picture of two; the other cannot be kept."""
+    assert put(Path(folder), 0, 1).read([key_of(0)]) is not None
