@@ -172,48 +172,54 @@ def test_a_tower_that_learns_or_draws_has_no_use_for_a_store() -> None:
 # The files.
 
 
-def test_any_number_of_writers_and_readers_share_a_folder(tmp_path: Path) -> None:
-    early = FeatureFiles(tmp_path, HUGE)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of one tower, in a store that nothing else is in."""
+    return tmp_path / "store" / "tower"
+
+
+def test_any_number_of_writers_and_readers_share_a_folder(folder: Path) -> None:
+    early = FeatureFiles(folder, HUGE)
     assert early.read([key_of(0)]) is None
-    put(tmp_path, 0, 1, 1).add([key_of(number) for number in (1, 2)], torch.stack([features_of(1), features_of(2)]))
-    other = put(tmp_path, 3)
+    put(folder, 0, 1, 1).add([key_of(number) for number in (1, 2)], torch.stack([features_of(1), features_of(2)]))
+    other = put(folder, 3)
     both = early.read([key_of(3), key_of(0), key_of(2), key_of(0)])
     assert both is not None and torch.equal(both, torch.stack([features_of(number) for number in (3, 0, 2, 0)]))
     assert early.read([key_of(0), key_of(4)]) is None
     other.add([key_of(4)], features_of(4)[None])
     assert early.read([key_of(0), key_of(4)]) is not None
-    assert right(tmp_path) == {0, 1, 2, 3, 4}
-    assert len(list(tmp_path.glob("*.index"))) == 2
+    assert right(folder) == {0, 1, 2, 3, 4}
+    assert len(list(folder.glob("*.index"))) == 2
 
 
 @pytest.mark.parametrize("suffix", ["index", "features"])
-def test_a_file_cut_anywhere_gives_what_is_whole(tmp_path: Path, suffix: str) -> None:
-    put(tmp_path, *range(NUM_PICTURES))
-    (path,) = tmp_path.glob(f"*.{suffix}")
+def test_a_file_cut_anywhere_gives_what_is_whole(folder: Path, suffix: str) -> None:
+    put(folder, *range(NUM_PICTURES))
+    (path,) = folder.glob(f"*.{suffix}")
     whole = path.read_bytes()
     numbers = [set()]
     for length in range(0, len(whole) + 1, 1 if suffix == "index" else 7):
         path.write_bytes(whole[:length])
-        numbers.append(right(tmp_path))
+        numbers.append(right(folder))
         assert numbers[-1] == set(range(len(numbers[-1]))) and numbers[-1] >= numbers[-2]
     path.write_bytes(whole)
-    assert right(tmp_path) == set(range(NUM_PICTURES)) and len(numbers[len(numbers) // 2]) not in (0, NUM_PICTURES)
+    assert right(folder) == set(range(NUM_PICTURES)) and len(numbers[len(numbers) // 2]) not in (0, NUM_PICTURES)
     path.write_bytes(whole[: len(whole) // 2])
     for _ in range(3):
-        put(tmp_path, *range(NUM_PICTURES))  # goes on in a file of its own, whose name may come before or behind
-    assert right(tmp_path) == set(range(NUM_PICTURES))
+        put(folder, *range(NUM_PICTURES))  # goes on in a file of its own, whose name may come before or behind
+    assert right(folder) == set(range(NUM_PICTURES))
 
 
 @pytest.mark.parametrize("suffix", ["index", "features"])
-def test_a_byte_that_changed_never_gives_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_a_byte_that_changed_never_gives_features(folder: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     """The twin: records without a checksum."""
-    put(tmp_path, *range(NUM_PICTURES))
-    (path,) = tmp_path.glob(f"*.{suffix}")
+    put(folder, *range(NUM_PICTURES))
+    (path,) = folder.glob(f"*.{suffix}")
     whole = path.read_bytes()
     places = range(0, len(whole), 3 if suffix == "index" else 41)
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 5]) + whole[place + 1 :])
-        assert len(right(tmp_path)) in (0, *range(NUM_PICTURES - 2, NUM_PICTURES + 1))  # a key may become another
+        assert len(right(folder)) in (0, *range(NUM_PICTURES - 2, NUM_PICTURES + 1))  # a key may become another
     swapped = bytearray(whole)
     start = 32 if suffix == "index" else 0
     size = (len(whole) - start) // NUM_PICTURES
@@ -221,31 +227,31 @@ def test_a_byte_that_changed_never_gives_features(tmp_path: Path, monkeypatch: p
         whole[start + size : start + 2 * size], whole[start : start + size],
     )  # fmt: skip
     path.write_bytes(swapped)
-    assert right(tmp_path) == set(range(2, NUM_PICTURES))
+    assert right(folder) == set(range(2, NUM_PICTURES))
     monkeypatch.setattr(feature_files, "check_of", lambda features, key: bytes(4))
-    put(tmp_path / "twin", *range(4))
-    (path,) = (tmp_path / "twin").glob(f"*.{suffix}")
+    put(folder.parent / "twin", *range(4))
+    (path,) = (folder.parent / "twin").glob(f"*.{suffix}")
     whole, place = path.read_bytes(), 32 if suffix == "index" else 8
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 5]) + whole[place + 1 :])
     with pytest.raises(AssertionError):
-        right(tmp_path / "twin")
+        right(folder.parent / "twin")
 
 
-def test_after_a_kill_everything_that_was_told_is_there(tmp_path: Path) -> None:
+def test_after_a_kill_everything_that_was_told_is_there(folder: Path) -> None:
     """SIGKILL to a process that writes, again and again into one folder."""
     code = "import sys, feature_toys; feature_toys.write_until_killed(sys.argv[1])"
     for _ in range(2):
-        num_before = len(list(tmp_path.glob("*.index")))
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent)
+        num_before = len(list(folder.glob("*.index")))
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent)
         deadline = time.monotonic() + 240
-        while len(list(tmp_path.glob("*.index"))) == num_before and time.monotonic() < deadline:
+        while len(list(folder.glob("*.index"))) == num_before and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
-    most = max((path.stat().st_size - 32) // 16 for path in tmp_path.glob("*.index"))
-    assert right(tmp_path, range(most + 10)) == set(range(most)) and most > 1
+    most = max((path.stat().st_size - 32) // 16 for path in folder.glob("*.index"))
+    assert right(folder, range(most + 10)) == set(range(most)) and most > 1
 
 
 @contextmanager
@@ -286,6 +292,30 @@ def test_a_store_keeps_to_its_limit_and_says_so_once(tmp_path: Path, monkeypatch
     put(tmp_path / "another", 5, limit=limit)  # the limit is that of all towers
     assert right(tmp_path / "another") == set() and len(said) == 2
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) <= limit
+
+
+def test_what_is_no_feature_is_not_of_the_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to nothing and to themselves, files, folders of others; and folders that go away while they are read."""
+    store = folder.parent
+    put(store / "old", 0)
+    (store / "of others").mkdir()
+    (store / "of others" / "photo.jpg").write_bytes(bytes(10**6))
+    (store / "of others" / "gone.index").symlink_to("nowhere")
+    (store / "gone").symlink_to("nowhere")
+    (store / "circle").symlink_to(store)
+    (store / "note.index").write_text("no folder")
+    files = put(folder, *range(3), limit=1000)
+    assert right(folder) == {0, 1, 2}
+    size_of, sizes = feature_files._size_of, []
+
+    def size_after_it_went_away(path: str) -> int:
+        shutil.rmtree(store / "old", ignore_errors=True)
+        sizes.append(size_of(path))
+        return sizes[-1]
+
+    monkeypatch.setattr(feature_files, "_size_of", size_after_it_went_away)
+    files.add([key_of(3)], features_of(3)[None])
+    assert right(folder) == {0, 1, 2, 3} and sizes.count(0) >= 2
 
 
 # root obeys modes, too, once it has laid down the right not to

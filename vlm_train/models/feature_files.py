@@ -11,6 +11,7 @@ Files are read and not mapped: a map of a file that somebody cuts short ends the
 
 from __future__ import annotations
 
+import glob
 import os
 import struct
 import uuid
@@ -148,9 +149,10 @@ class FeatureFiles:
                 reader.refresh()
 
     def _used(self) -> int:
-        root = self.folder.parent
-        folders = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-        return sum(entry.stat().st_size for folder in folders for entry in os.scandir(folder))
+        """Bytes of the files of all towers; whatever else lies there, or goes away meanwhile, is nothing."""
+        towers = os.path.join(glob.escape(str(self.folder.parent)), "*")
+        files = [path for suffix in ("features", "index") for path in glob.iglob(os.path.join(towers, f"*.{suffix}"))]
+        return sum(_size_of(path) for path in files)
 
 
 class _Reader:
@@ -208,6 +210,12 @@ class _Writer:
         """Gives the files back."""
         self._features.close()
         self._index.close()
+
+
+def _size_of(path: str) -> int:
+    with suppress(OSError):
+        return os.lstat(path).st_size
+    return 0
 
 
 def _write(descriptor: int, data: bytes) -> None:
