@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.engine import checkpoints, states
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError
 from vlm_train.models import adapt, lora
-from vlm_train.schema import plain, read_config
+from vlm_train.schema import WHOLE, by_part, plain, read_config
 from vlm_train.types import Tokenizer
 
 
@@ -32,8 +34,9 @@ def tokenizer(config: Any) -> Tokenizer | None:
 
 
 def _lender(config: Any) -> RunDirectory | None:
-    if config.init:
-        return run_of(start_checkpoint(config.init))
+    starts = sources(config)
+    if "text" in starts or WHOLE in starts:
+        return run_of(starts.get("text") or starts[WHOLE])
     nodes = [config.objective, *(config.objective.get("parts") or {}).values()]
     teachers = [node.teacher for node in nodes if node.get("teacher")]
     return RunDirectory(Path(teachers[0])) if teachers else None
@@ -69,6 +72,50 @@ def start_checkpoint(init: str) -> Path:
     return path
 
 
+def sources(config: Any) -> dict[str, Path]:
+    """The checkpoints that `init` names, by the part of the model that starts from them, or `WHOLE`.
+
+    Raises:
+        ConfigError: one is gone, or its content is another.
+    """
+    return {part: start_checkpoint(init) for part, init in by_part(config.get("init")).items()}
+
+
+def start_as_told(parts: Any) -> list[str]:
+    """Fills a model as `init` says; see `start` and `start_part`.
+
+    Returns:
+        Towers of the model that the weights do not have, where they are to fill all of it.
+
+    Raises:
+        ConfigError: weights that do not fit.
+    """
+    new: list[str] = []
+    for part, checkpoint in sources(parts.config).items():
+        weights = trained_weights(checkpoint)
+        if part == WHOLE:
+            new = start(parts, weights, whose=str(checkpoint))
+        else:
+            start_part(parts.model, part, weights["model"], whose=str(checkpoint))
+    return new
+
+
+def start_part(model: nn.Module, part: str, state: Mapping[str, Tensor], *, whose: str) -> None:
+    """Fills one part of a model with the part of that name of another; all other parts keep their first values.
+
+    Raises:
+        ConfigError: either has no such part, or they differ otherwise than `start` allows.
+    """
+    given = _under(state, f"{part}.")
+    names = {name for name, _ in model.named_modules() if name}
+    if part not in names or not given:
+        has = {name.partition(".")[0] for name in (names if part not in names else state)}
+        raise ConfigError(f"{'this model' if part not in names else whose} has no part {part}", got=f"init.{part}",
+                          allowed=", ".join(sorted(has)), remedy="init={vision: RUN}")  # fmt: skip
+    module = model.get_submodule(part)
+    adapt.load_weights(module, lora.fitted(given, module.state_dict()), whose=f"{part} of {whose}")
+
+
 def start(parts: Any, weights: Mapping[str, Mapping[str, Any]], *, whose: str) -> list[str]:
     """Fills model and objective with `trained_weights`, positions resized and adapters merged where `lora.fitted` says
     so; parts without memory are only compared.
@@ -92,5 +139,5 @@ def run_of(checkpoint: Path) -> RunDirectory:
     return RunDirectory(checkpoint.resolve().parent.parent)
 
 
-def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

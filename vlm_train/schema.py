@@ -170,7 +170,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
-    init: str | None = None  # a run or a checkpoint whose weights this one starts from
+    init: Any = None  # a run or a checkpoint whose weights this one starts from, or PART: such
     stages: dict[str, Any] = field(default_factory=dict)  # name -> changes; trained one after another
     model: Any = MISSING
     objective: Any = MISSING
@@ -188,6 +188,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
+WHOLE = "the model"  # where parts are named: all of it
 MACHINE_KEYS = (
     "run",
     "strategy",
@@ -236,11 +237,15 @@ def learning_view(config: DictConfig) -> dict[str, Any]:
     """
     plain = in_texts(identity, OmegaConf.to_container(config, resolve=True))
     flat = {key: value for key, value in flatten(plain).items() if not _is_machines(key)}
-    if flat.get("init"):
-        flat["init"] = flat["init"].rpartition("@")[2]
+    flat.update({key: flat[key].rpartition("@")[2] for key in flat if _under(key, "init") and flat[key]})
     if plain.get("stages"):
         flat["stages"] = " ".join(plain["stages"])
     return flat
+
+
+def by_part(init: Any) -> dict[str, str]:
+    """`init` of a config as part of the model -> run; `WHOLE` is all of it."""
+    return dict(init) if isinstance(init, Mapping) else {WHOLE: init} if init else {}
 
 
 def _is_machines(key: str) -> bool:

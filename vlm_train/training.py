@@ -65,9 +65,8 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     """From `checkpoint` to the last step, or to a spike, which is returned."""
     with_values = sharding.is_built_by(placement.rank, config.strategy.name)
     parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
-    if checkpoint is None and config.get("init"):
-        source = origins.start_checkpoint(config.init)
-        origins.start(parts, origins.trained_weights(source), whose=str(source))
+    if checkpoint is None:
+        origins.start_as_told(parts)
     build.bind_teachers(parts)
     loader = build.train_loader(parts, placement, jumps)
     suite = build.evaluation_suite(parts, placement)

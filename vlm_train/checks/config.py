@@ -54,7 +54,7 @@ _CHOICES = {
     "logger.mode": ("online", "offline"),
 }
 _NAMES = ("run.experiment", "run.id")
-_PLACES = ("init", "run.dir", "run.resume", "data.selection", "data.captions", "data.classes", "strategy.feature_store")
+_PLACES = ("run.dir", "run.resume", "data.selection", "data.captions", "data.classes", "strategy.feature_store")
 _TEXTS = ("logger.project", "logger.entity")
 _PARTS = ("model", "model.vision", "model.text", "model.tokenizer", "objective", "optim", "schedule")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -108,8 +108,9 @@ def _check_words(config: Mapping[str, Any]) -> None:
         require(value is None or (is_name(value) and value != "latest"), f"{key} cannot name a folder",
                 got=repr(value), allowed="letters, digits and signs without / and spaces; not `latest`",
                 remedy=f"{key}=mine")  # fmt: skip
-    for key in _PLACES:
-        value = _at(config, key)
+    init = config["init"]
+    starts = {f"init.{part}": run or "" for part, run in init.items()} if isinstance(init, Mapping) else {"init": init}
+    for key, value in [*((key, _at(config, key)) for key in _PLACES), *starts.items()]:
         require(value is None or is_place(value), f"{key} is no path on a local disk", got=repr(value),
                 allowed="a path", remedy=f"{key}=PATH, or leave it out")  # fmt: skip
     for key in _TEXTS:

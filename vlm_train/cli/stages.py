@@ -31,19 +31,19 @@ def compose_stages(config: DictConfig, words: Sequence[str]) -> Stages:
     """The config of every stage, checked; none where the config has no stages. Raises ConfigError."""
     changes: Any = OmegaConf.to_container(config.stages)
     return {
-        f"{STAGE}{number:02}-{name}": _compose(name, changes[name], words)
+        f"{STAGE}{number:02}-{name}": _compose(name, changes[name], words, config.init)
         for number, name in enumerate(changes, start=1)
     }
 
 
-def _compose(name: str, changes: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+def _compose(name: str, changes: Mapping[str, Any], words: Sequence[str], init: Any) -> DictConfig:
     flat = flatten(changes)
     for key in {str(read(word).key_or_group) for word in split_config_dir(words)[0]} & flat.keys():
         raise ConfigError(f"{key} is said by stages, so a word for all of them says nothing", got=f"{key}=...",
                           allowed=f"stages.{name}.{key} of each stage", remedy=f"stages.{name}.{key}=...")  # fmt: skip
     with told_of(name):
         stage = compose_config([*words, *map(_word, flat.items())])
-    stage.stages = {}
+    stage.stages, stage.init = {}, init  # as the whole run pinned it, which its words do not
     return stage
 
 

@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     from vlm_train.cli.trained import pinned
 
     config = compose_config(words)
-    config.init = pinned(config.init) if config.init else None
+    config.init = pinned(config.init)
     stages = compose_stages(config, words)
     if not stages:
         _try_parts(config)
@@ -104,7 +104,7 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
     """One run; `announce` is called when it is there and nothing of what it asks for has been refused."""
     from omegaconf import OmegaConf
 
-    from vlm_train import build
+    from vlm_train import build, origins
     from vlm_train.cli.launcher import launch
     from vlm_train.engine import checkpoints
     from vlm_train.engine.rundir import write_atomic
@@ -118,7 +118,8 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
     run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
     checkpoints.retire_after(run.checkpoints, step)
-    new_towers = _try_start(config) if config.init and step == 0 else []
+    # compares the weights to start from with a model without memory
+    new_towers = origins.start_as_told(build.skeleton(config)) if config.init and step == 0 else []
     build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
     # from here on the run exists: what could be refused has been
     write_atomic(run.config, OmegaConf.to_yaml(config))
@@ -155,14 +156,6 @@ def _try_parts(config: Any) -> None:
                               remedy=f"vlm-train configs show {name}/CHOICE") from error  # fmt: skip
         if name == "objective":
             Budgets.of(config.trainer).check_objective(made)
-
-
-def _try_start(config: Any) -> list[str]:
-    """Compares the weights to start from with a model without memory; the towers that they lack. Raises ConfigError."""
-    from vlm_train import build, origins
-
-    source = origins.start_checkpoint(config.init)
-    return origins.start(build.skeleton(config), origins.trained_weights(source), whose=str(source))
 
 
 def summary(run: Any) -> str:

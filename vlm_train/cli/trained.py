@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_train.errors import CheckpointError, ConfigError
 
@@ -47,13 +48,20 @@ def last_stage(run: RunDirectory) -> RunDirectory:
     return max(trained, key=lambda stage: stage.path.name, default=run)
 
 
-def pinned(init: str) -> str:
-    """What `init` names, as PATH_OF_CHECKPOINT@IDENTITY; a run stands for its newest checkpoint.
+def pinned(init: Any) -> Any:
+    """`init` of a config with each run that it names as PATH_OF_CHECKPOINT@IDENTITY.
 
     Raises:
-        ConfigError: it names neither.
-        CheckpointError: it cannot be read, or there is none yet.
+        ConfigError: it names neither a run nor a checkpoint.
+        CheckpointError: that cannot be read, or there is none yet.
     """
+    if isinstance(init, Mapping):
+        return {part: _pinned(run, f"init.{part}") for part, run in init.items()}
+    return _pinned(init, "init") if init else None
+
+
+def _pinned(init: str, key: str) -> str:
+    """A run stands for its newest checkpoint."""
     from vlm_train.cli.runs import is_checkpoint
     from vlm_train.engine import checkpoints
 
@@ -63,7 +71,7 @@ def pinned(init: str) -> str:
     if is_checkpoint(path):
         checkpoints.verify(path)
     else:
-        path = choose_checkpoint(open_run(init, key="init"), None)
+        path = choose_checkpoint(open_run(init, key=key), None)
     return f"{path}@{checkpoints.identity(path)}"
 
 
