@@ -31,7 +31,7 @@ CONNECTORS: dict[str, Callable[..., Connector]] = {
     "mlp": MLPConnector,
     "attention": partial(SelfAttentionConnector, num_heads=4),
     "pixel_shuffle": PixelShuffleConnector,
-    "perceiver": partial(PerceiverConnector, num_latents=5, num_heads=4, head_dim=12, num_kv_heads=2, latent_std=0.5),
+    "perceiver": partial(PerceiverConnector, num_latents=5, num_heads=4, head_dim=12, num_kv_heads=2),
     "qformer": partial(QFormerConnector, num_queries=5, num_layers=3, num_heads=4, width=32),
 }
 

@@ -183,7 +183,7 @@ def test_a_meta_build_is_filled_in_any_order(name: str, order: Any) -> None:
 
 
 def test_latents_that_start_equal_are_told_apart_by_a_reader_that_knows_positions() -> None:
-    """Idefics2's start in transformers, our default: one token many times, until a gradient differs by position."""
+    """Idefics2's start in transformers: one token many times, until a gradient differs by position."""
     connector = make("perceiver", latent_std=0.0)
     assert (connector.resampler.query == 1).all()  # type: ignore[union-attr]
     out = connector(patches())

@@ -95,7 +95,8 @@ class PerceiverConnector(Connector):
         num_kv_heads: heads of keys and values, a divisor of `num_heads`.
         mlp_dim: hidden width of the projection, 4 * `out_dim` unless given; in Idefics2 that of the language model.
         latent_std: the latents start normal(1, latent_std). With 0, as in transformers, an untrained connector gives
-            one token `num_latents` times, which only a reader that tells positions apart can pull asunder.
+            one token `num_latents` times, which only a reader that tells positions apart can pull asunder; latents
+            that are nearly alike part slowly, too.
 
     Raises:
         ConfigError: no latent, layer or head, or heads that cannot be shared evenly.
@@ -113,7 +114,7 @@ class PerceiverConnector(Connector):
         head_dim: int = 96,
         num_kv_heads: int = 4,
         mlp_dim: int | None = None,
-        latent_std: float = 0.0,
+        latent_std: float = 1.0,
     ) -> None:
         super().__init__()
         counts = {"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads}
