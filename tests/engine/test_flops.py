@@ -27,6 +27,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Any]] = {  # what is frozen, and what a
     "align": (("vision", "text"), None),
     "instruct": (("vision",), None),
     "adapters": (("vision",), LORA),
+    "quantised": (("vision",), {**LORA, "quantize": "nf4"}),
     "the tower alone": (("connector", "text"), None),
     "the language model alone": (("vision", "connector"), None),
 }
@@ -35,6 +36,7 @@ WRONG = {  # rules that are seen to be wrong
     "align": ("three times", "frozen is forward"),
     "instruct": ("three times",),
     "adapters": ("three times",),
+    "quantised": ("three times",),
     "the tower alone": ("three times", "frozen is forward"),
     "the language model alone": ("three times",),
 }

@@ -39,6 +39,8 @@ STAGES: dict[str, tuple[list[dict[str, Any]], Any, tuple[str, ...]]] = {  # grou
     "adapters": ([FROZEN_TOWER, REST], LORA, ("connector.", "text.network.model.layers.*.lora_")),
     "adapters alone": ([{"pattern": r"model\.(vision|connector)\..*", "frozen": True}, REST], LORA,
                        ("text.network.model.layers.*.lora_",)),
+    "quantised": ([FROZEN_TOWER, REST], {**LORA, "quantize": "nf4"},
+                  ("connector.", "text.network.model.layers.*.lora_")),
 }  # fmt: skip
 
 

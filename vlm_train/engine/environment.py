@@ -13,13 +13,14 @@ from torch import nn
 
 from vlm_train import __version__
 from vlm_train.models.attention import kernels_of
+from vlm_train.models.nf4 import num_weights
 
 
 def environment(model: nn.Module, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """Fields of the `environment` event. Numbers of parameters by part, and of those that learn."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    parts = {name: num_weights(part) for name, part in model.named_children()}
     return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": num_weights(model),
         "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parts": {name: count for name, count in parts.items() if count},
         "attention": kernels_of(model),

@@ -157,9 +157,9 @@ class TrainingModule(lightning.LightningModule):
         """averaged += (1 - decay) * (weights - averaged), after the clamp: an average of weights that were used."""
         if self.averaged_model is None or self.optim.ema_decay is None:
             return
-        averages = sharding.local(self.averaged_model.parameters())
-        weights = sharding.local(self.model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - self.optim.ema_decay)
+        pairs = zip(self.averaged_model.parameters(), self.model.parameters(), strict=True)
+        averages, weights = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        torch._foreach_lerp_(sharding.local(averages), sharding.local(weights), 1 - self.optim.ema_decay)
         for average, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
 

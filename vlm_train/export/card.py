@@ -7,6 +7,7 @@ from typing import Any
 from vlm_train.export.answers import Answering
 from vlm_train.export.certificate import Certificate
 from vlm_train.models.dual_encoder import DualEncoder
+from vlm_train.models.nf4 import num_weights
 
 CARD = """---
 library_name: {library}
@@ -141,6 +142,6 @@ def answering_card(trained: Answering, family: str, certificate: Certificate | N
         place="behind its last norm" if model.feature_layer is None else layer,
         language=language.config.model_type,
         vocab_size=model.text.vocab_size,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_weights(model),
         certificate=said if certificate is None else SAME_LOGITS.format(logits=certificate.logits),
     )

@@ -17,6 +17,7 @@ from vlm_train.export.foreign import Foreign, read_config
 from vlm_train.export.speaking import Kind
 from vlm_train.models.connectors.perceiver import PerceiverConnector
 from vlm_train.models.generative import GenerativeModel
+from vlm_train.models.nf4 import num_weights
 
 Format = Literal["transformers", "open_clip"]
 
@@ -94,7 +95,7 @@ def _export_answers(
     speaking.write(kind, reference, out)
     certificate = certify_answers(reference, kind.library(out), prepare=prepare) if verify else None
     (out / "README.md").write_text(answering_card(reference, kind.family, certificate), encoding="utf-8")
-    num_parameters = sum(parameter.numel() for parameter in reference.model.parameters())
+    num_parameters = num_weights(reference.model)
     return ExportReport(family=kind.family, num_parameters=num_parameters, certificate=certificate)
 
 
