@@ -86,7 +86,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, whose: str) 
             got="; ".join(told),
             allowed="the same network, or with new towers in model.others; image size, number of patches and context "
             "length may differ",
-            remedy="set model and objective as in the config.yaml of that run, or init=null",
+            remedy="set model and objective as in the config.yaml of that run, or start from parts: init={vision: RUN}",
         )
     if not any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict(given)
