@@ -75,7 +75,7 @@ class BatchRows(TypedDict, total=False):
 
     images: Tensor  # [B, 3, S, S] uint8; the image tower normalises on its own device. Of dialogues [B, I, 3, S, S]
     num_images: Tensor  # [B] int64: how many of a dialogue's I images there are; each tile is one
-    grids: Tensor  # [B, M, 2] int64: rows and columns of tiles of M pictures, 0 where none is (evaluation with tiles)
+    grids: Tensor  # [B, M, 4] int64: the `Grid` of M pictures, 0 where none is (of tiles: evaluation, or in a map)
     dialogue_ids: Tensor  # [B, T] int64: a dialogue, with a run of IMAGE_ID for each image; padding behind it
     dialogue_labels: Tensor  # [B, T] int64: the token to be told behind each, NO_LABEL where none is
     dialogue_lengths: Tensor  # [B] int64: tokens of each dialogue
@@ -134,13 +134,17 @@ IMAGE_ID = -1
 NO_LABEL = -100
 """In the labels of a dialogue: nothing is to be told here."""
 
+TileLayout = Literal["rows", "map"]
+"""What tiles of a picture become: tile behind tile, row by row, or one map of tokens (`models.image_layout`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DialogueSpec:
     """What a generative model wants of a dialogue: at most `context_length` tokens, and at most `max_images` pictures.
 
     A picture is one image to the model, of `num_image_tokens` tokens, or several: at most `max_tiles` tiles of
-    `tile_size` pixels a side, and an overview in front of them (`data.tiles`). 1 is no tiles.
+    `tile_size` pixels a side, and an overview in front of them (`data.tiles`). 1 is no tiles. Those of a map have a
+    square of tokens each.
     """
 
     context_length: int
@@ -148,6 +152,7 @@ class DialogueSpec:
     max_images: int = 1
     max_tiles: int = 1
     tile_size: int = 0
+    tile_layout: TileLayout = "rows"
 
     @property
     def num_places(self) -> int:
@@ -156,16 +161,29 @@ class DialogueSpec:
 
 
 class Grid(NamedTuple):
-    """The tiles of a picture, in rows."""
+    """The tiles of a picture, in rows. `map_rows`, `map_columns`: where they are a map, as many tokens as show it."""
 
     rows: int
     columns: int
+    map_rows: int = 0
+    map_columns: int = 0
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the tiles become one map of tokens."""
+        return self.map_rows + self.map_columns > 0
 
     @property
     def num_images(self) -> int:
         """How many images the picture is to a model: several tiles have an overview in front of them."""
         num_tiles = self.rows * self.columns
         return num_tiles + (1 if num_tiles > 1 else 0)
+
+    def num_tokens(self, num_image_tokens: int) -> int:
+        """How many tokens the language model reads of the picture; those of a map have a newline behind each row."""
+        if self.is_map:
+            return num_image_tokens + self.map_rows * (self.map_columns + 1)
+        return self.num_images * num_image_tokens
 
 
 WHOLE = Grid(1, 1)

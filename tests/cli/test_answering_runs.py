@@ -3,8 +3,10 @@ evaluation heard `predict` says, and neither SIGKILL nor the machine changes wha
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,10 @@ ALIGN, INSTRUCT = "stage-01-align", "stage-02-instruct"
 ONE_STAGE = (
     "model=llava_tiny", "objective=next_token", "data=scenes", "data.template=chatml", "trainer.max_steps=5",
     "schedule.warmup_steps=1", "evaluation=none", "precision=fp64",
+)  # fmt: skip
+MAPS = (
+    "model.vision.image.size=16", "+model.max_tiles=4", "+model.tile_layout=map", "data.augment.scale=null",
+    "checkpoint.every_steps=2",
 )  # fmt: skip
 RETRIEVAL = "vlm_train.evaluation.retrieval.Retrieval"
 MACHINES = {
@@ -225,3 +231,52 @@ def test_ranks_and_micro_batches_do_not_change_what_is_learned(tmp_path: Path, s
             # sums of fp64 in another order; measured 2.1e-16
             assert [row[column] for row in rows[name]] == pytest.approx(expected, rel=1e-12), (name, column)
         assert [row[column] for row in rows["other seed"]] != pytest.approx(expected, rel=1e-3)  # the twin
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of every aspect, of one tile of 16 pixels and of several, with what is asked about them."""
+    folder = tmp_path_factory.mktemp("oblong")
+    sizes = [(12 + 7 * number % 50, 12 + 11 * number % 60) for number in range(60)]
+    for split, some in (("train", sizes), ("val", sizes[::8])):
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            for number, size in enumerate(some):
+                red = 4 * number
+                file = io.BytesIO()
+                Image.new("RGB", size, (red, 255 - red, 0)).save(file, "PNG")
+                told = {"captions": [f"number {number}"], "qa": [{"question": "which?", "answer": str(number)}]}
+                told["conversations"] = [
+                    {"role": "user", "content": "<image>\nwhich?"}, {"role": "assistant", "content": f"it is {number}"},
+                ]  # fmt: skip
+                for name, content in (("png", file.getvalue()), ("json", json.dumps(told).encode())):
+                    info = tarfile.TarInfo(f"{number:03}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.slow
+def test_tiles_in_a_map_are_learned_alike_by_any_machine_and_after_a_kill(tmp_path: Path, oblong: Path) -> None:
+    shards = (f"data.train.shards={oblong / 'train.tar'}", f"data.val.shards={oblong / 'val.tar'}")
+
+    def command(name: str, *extra: str) -> list[str]:
+        return [*words(oblong, tmp_path / name, *ONE_STAGE, *MAPS, *shards), "evaluation=vqa",
+                "~evaluation.evaluators.yes_no", *extra]  # fmt: skip
+
+    machines = {"two": ("trainer.devices=2", "strategy=ddp", "trainer.micro_tokens=300"),
+                "sharded": ("trainer.devices=2", "strategy=fsdp2"), "rows": ("model.tile_layout=rows",)}  # fmt: skip
+    for name, machine in {"one": (), **machines}.items():
+        if "trainer.devices=2" in machine:
+            _runs.call(tmp_path, command(name, *machine))
+        else:
+            assert main(command(name, *machine)) == 0
+    _runs.kill_after(tmp_path, command("killed"), tmp_path / "killed", 3)
+    _runs.call(tmp_path, command("killed"))
+    assert _runs.learned(tmp_path / "killed") == _runs.learned(tmp_path / "one")
+    told = {name: (tmp_path / name / "evals" / "vqa.json").read_text() for name in ("one", "two", "sharded", "killed")}
+    assert len(set(told.values())) == 1 and json.loads(told["one"])["num_questions"] == 8
+    for column in ("loss", "grad_norm", "labels_per_sample"):
+        rows = {name: [row[column] for row in _runs.rows(tmp_path / name)] for name in ("one", *machines)}
+        for name in ("two", "sharded"):
+            assert rows[name] == pytest.approx(rows["one"], rel=1e-12), (name, column)
+        assert column == "labels_per_sample" or rows["rows"] != pytest.approx(rows["one"], rel=1e-3)  # the twin

@@ -150,15 +150,15 @@ def test_llava_next_takes_no_fewer_tiles_for_no_larger_a_picture(width, height, 
     ],
 )  # fmt: skip
 def test_grids_of_six_tiles_of_336_pixels(size, grid):
-    assert grid_of(*size, replace(TILES, max_tiles=6, tile_size=336)) == grid
+    assert grid_of(*size, replace(TILES, max_tiles=6, tile_size=336)) == Grid(*grid)
 
 
 @settings(deadline=None)
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000), max_tiles=st.integers(1, 16))
 def test_a_small_picture_is_not_enlarged_and_grids_turn_with_the_picture(width, height, max_tiles):
     spec = replace(TILES, max_tiles=max_tiles, tile_size=224)
-    rows, columns = grid_of(width, height, spec)
-    assert rows * columns <= max_tiles and grid_of(height, width, spec) == (columns, rows)
+    rows, columns, *_ = grid_of(width, height, spec)
+    assert rows * columns <= max_tiles and grid_of(height, width, spec) == Grid(columns, rows)
     assert (rows, columns) == (1, 1) or rows * columns * 224**2 <= 2 * width * height
     if max(width, height) <= 224:
         assert (rows, columns) == (1, 1)
@@ -304,7 +304,7 @@ def test_a_picture_is_laid_out_as_it_is_displayed(orientation):
     image = open_image(data)
     assert (image.width, image.height) == ((96, 32) if orientation < 5 else (32, 96))
     grid = reader().grid(data)
-    assert grid == ((1, 3) if orientation < 5 else (3, 1))
+    assert grid == (Grid(1, 3) if orientation < 5 else Grid(3, 1))
     shown = image.decode()
     assert shown.shape[:2] == (image.height, image.width)
     plain = {"0.png": encoded(shown, "PNG"), "json": parts_of([(1, 1)])["json"]}

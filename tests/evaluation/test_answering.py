@@ -22,10 +22,10 @@ from vlm_train.evaluation.answering import Answerer, Pictures, Reply, check_aske
 from vlm_train.evaluation.base import Embedder
 from vlm_train.evaluation.retrieval import Retrieval
 from vlm_train.evaluation.vqa import VisualQuestions, YesNo
-from vlm_train.types import IMAGE_ID, WHOLE, Batch
+from vlm_train.types import IMAGE_ID, WHOLE, Batch, Grid
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from generative_toys import NUM_TOKENS, SIZE, SPEC, make_model
+from generative_toys import NUM_TOKENS, SIZE, SPEC, make_model, make_text
 
 STOP, CPU = 2, torch.device("cpu")
 NEW = 5
@@ -159,6 +159,38 @@ def test_blind_answers_are_those_to_pictures_of_the_mean_colour() -> None:
     assert [[text] for text in found] != told(make_answerer(model), black, [["red?"]] * 3)
 
 
+def test_pictures_in_maps_are_shown_as_maps_and_so_are_blank_ones() -> None:
+    """A row has two pictures, of three images and of one, another one of its own."""
+    model = make_model(max_tiles=2, tile_layout="map", text=make_text(max_position_embeddings=256),
+                       context_length=256).eval()  # fmt: skip
+    wide = Grid(1, 2, 2, 2)
+    rows = [[wide, WHOLE], [WHOLE]]
+    images = several_pictures()["images"].repeat(1, 2, 1, 1, 1)[:2]
+    grids = torch.tensor([[wide, WHOLE], [WHOLE, (0,) * 4]])
+    batch = Batch(images=images, num_images=torch.tensor([4, 1]), grids=grids)
+    colour = (255 * torch.tensor(model.image_spec.mean)).round().to(torch.uint8)
+    blank = colour[:, None, None].expand(images.shape)
+    answerer = make_answerer(model, dialogues=Maps())
+    with mock.patch.object(answering, "MAX_NEW_TOKENS", NEW):
+        blind = answerer.blind_answers([("red?", row) for row in rows])
+    for shown, found in ((images, told(answerer, batch, [["red?"]] * 2)), (blank, [[reply] for reply in blind])):
+        for row, pictures in enumerate(rows):
+            ids = torch.tensor([Maps().question("red?", pictures)])
+            fields = shown[row][None], batch["num_images"][row][None], ids, torch.tensor([ids.shape[1]])
+            alone = model.generate(*fields, max_new_tokens=NEW, eos_id=STOP, pictures=[pictures])[0].tolist()
+            assert found[row] == [" ".join(str(number) for number in alone if number != STOP)]
+    without = Batch(images=images, num_images=batch["num_images"])  # the twin: four pictures of one image
+    assert told(answerer, without, [["red?"]] * 2) != told(answerer, batch, [["red?"]] * 2)
+
+
+class Maps(Words):
+    """Of pictures with tiles."""
+
+    def question(self, text: str, grids: Pictures = (WHOLE,)) -> list[int]:
+        num_tokens = sum(grid.num_tokens(NUM_TOKENS) for grid in grids)
+        return [1, *[IMAGE_ID] * num_tokens, *(3 + ord(letter) % 60 for letter in text)]
+
+
 class Scripted(nn.Module):
     """Says the same rows of ids whatever it is asked, and how it was asked."""
 
@@ -187,7 +219,7 @@ def test_a_model_answers_in_evaluation_mode_without_a_graph_and_is_left_as_it_wa
     told(answerer, pictures(1), [["ab", "a"]])
     was_training, has_graph, dtype, ids, lengths, num_images, options = model.seen[0]
     assert (was_training, has_graph, dtype, model.training) == (False, False, torch.bfloat16, training)
-    assert options == {"max_new_tokens": NEW, "eos_id": STOP}
+    assert options == {"max_new_tokens": NEW, "eos_id": STOP, "pictures": [(WHOLE,)] * 2}
     assert lengths.tolist() == [7, 6] and num_images.tolist() == [1, 1]
     assert [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)] == [
         Words().question(text) for text in ("ab", "a")

@@ -74,7 +74,7 @@ class Toy:
     def say(text: str, images: list, num: int, grids: list) -> Reply:
         if text.startswith(TOO_LONG):
             return DataError("dialogue_too_long", got="99 tokens")
-        return f"{text} of {[image[0][0][0] for image in images[:num]]} {[grid for grid in grids if grid[0]]}"
+        return f"{text} of {[image[0][0][0] for image in images[:num]]} {[grid[:2] for grid in grids if grid[0]]}"
 
 
 def split_of(batch_size: int = 2, images: int = 1, split: list[dict] = SPLIT) -> Iterator[Batch]:

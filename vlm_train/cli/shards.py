@@ -119,6 +119,7 @@ def _tell(verdict: Verdict) -> None:
 def _tell_dialogues(verdict: Verdict, encoder: DialogueEncoder) -> None:
     spec, found = encoder.spec, verdict.dialogues
     tiles = f", in up to {spec.max_tiles} tiles of {spec.tile_size} pixels" if spec.max_tiles > 1 else ""
+    tiles += ", which become one map" if spec.tile_layout == "map" else ""
     print(
         f"dialogues by the template {encoder.template}, in {spec.context_length} tokens, {spec.num_image_tokens} to an "
         f"image, at most {spec.max_images} of these{tiles}:"

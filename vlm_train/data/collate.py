@@ -48,7 +48,7 @@ class SampleEncoder:
         modalities: what a sample brings beside image and text; batches get a field for each, and `there`.
         dialogues: for a model that answers: batches get the `dialogue_` fields and `num_images`, and I = `max_images`
             places for the images of a sample, of which it may have none. Without it a sample's first image is read.
-            With tiles I is as many as a batch needs, and batches of evaluation get `grids`.
+            With tiles I is as many as a batch needs, and batches of evaluation, or of tiles in a map, get `grids`.
 
     Raises:
         ConfigError: tiles with a transform that takes parts of images.
@@ -68,6 +68,7 @@ class SampleEncoder:
         self.transform, self.tokenizer, self.dialogues = transform, tokenizer, dialogues
         self.num_places = 1 if dialogues is None else dialogues.spec.num_places
         self.max_tiles = 1 if dialogues is None else dialogues.spec.max_tiles
+        self.reads_grids = dialogues is not None and dialogues.spec.tile_layout == "map"
         if self.max_tiles > 1 and transform.whole is None:
             raise ConfigError("tiles show pictures whole, and this training takes parts of them",
                               got=f"model.max_tiles={self.max_tiles} and a crop", allowed="tiles, or a crop",
@@ -236,8 +237,8 @@ class Draft:
             batch["finish"] = self._factors
         if evaluation:
             batch["all_captions"], batch["metadata"] = self._captions, self._metadata
-            if self._encoder.max_tiles > 1:
-                batch["grids"] = grid_field(self._dialogues)
+        if self._encoder.reads_grids or (evaluation and self._encoder.max_tiles > 1):
+            batch["grids"] = grid_field(self._dialogues)
         return batch
 
     def _texts(self) -> tuple[tuple[Tensor, Tensor], Batch]:

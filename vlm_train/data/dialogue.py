@@ -251,7 +251,7 @@ def dialogue_fields(encoded: Sequence[Encoded | None], multiple: int = 8) -> Bat
 def grid_field(encoded: Sequence[Encoded | None]) -> Tensor:
     """`grids` of a batch."""
     rows = [() if row is None else row.grids for row in encoded]
-    grids = torch.zeros(len(rows), max([0, *map(len, rows)]), 2, dtype=torch.int64)
+    grids = torch.zeros(len(rows), max([0, *map(len, rows)]), len(Grid._fields), dtype=torch.int64)
     for place, row in enumerate(rows):
         if row:
             grids[place, : len(row)] = torch.tensor(row)

@@ -13,10 +13,16 @@ times and gives two tiles to a large one of 1.45 : 1 where four are allowed; Ide
 A picture of n tokens an image is a run of n tokens for the overview and, row by row, a newline, where the tokenizer has
 tokens for it, and n tokens for each tile of the row. The newline stands in front of a row, not behind it, so a run ends
 as it begins, with an image, and no tokenizer joins it to the text behind.
+
+Or the tiles become one map of tokens (`models.image_layout`), LLaVA-NeXT's layout. A picture is then fitted into the
+canvas of its grid with its aspect kept, in the middle, behind borders of the mean colour; which rows and columns of
+tokens are padding alone, and no tokens of a dialogue, follows from its size (`as_map`). The overview is what `resize`
+of the tower makes of a picture; LLaVA-NeXT's is squashed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -47,15 +53,33 @@ def grid_of(width: int, height: int, spec: DialogueSpec) -> Grid:
     }
     enough = _THRIFT * max(scales.values())
     good = [grid for grid, scale in scales.items() if 100 * scale >= enough]
-    return min(good, key=lambda grid: (grid.rows * grid.columns, -scales[grid]))
+    best = min(good, key=lambda grid: (grid.rows * grid.columns, -scales[grid]))
+    return as_map(best, width, height, math.isqrt(spec.num_image_tokens)) if spec.tile_layout == "map" else best
+
+
+def as_map(grid: Grid, width: int, height: int, side: int) -> Grid:
+    """The tiles of a picture of `width` x `height` pixels, each of `side` x `side` tokens, as one map without what is
+    padding alone.
+
+    LLaVA-NeXT's rounding, as transformers has it (`unpad_image`): the picture covers so many whole rows or columns of
+    the map, rounded down, and half of the others, rounded down, is cut away at either end. So what is left has some of
+    the picture in each row and column, at either end up to half a row of the picture may be cut away, and of a picture
+    thinner than a row nothing may be left. A picture of one image is no map; transformers never has one.
+    """
+    if grid == WHOLE:
+        return grid
+    rows, columns = grid.rows * side, grid.columns * side
+    above = (rows - min(rows, height * columns // width)) // 2
+    left = (columns - min(columns, width * rows // height)) // 2
+    return Grid(grid.rows, grid.columns, rows - 2 * above, columns - 2 * left)
 
 
 def picture_ids(grid: Grid, num_image_tokens: int, row_mark: Sequence[int]) -> list[int]:
-    """The tokens of a picture in a dialogue, IMAGE_ID where one is read of an image. Their number is the number of its
-    tokens everywhere. `row_mark`: ids of a newline."""
+    """The tokens of a picture in a dialogue, IMAGE_ID where one is read of an image or is a map's own newline. Their
+    number is the number of its tokens everywhere. `row_mark`: ids of a newline."""
+    if grid == WHOLE or grid.is_map:
+        return [IMAGE_ID] * grid.num_tokens(num_image_tokens)
     image = [IMAGE_ID] * num_image_tokens
-    if grid == WHOLE:
-        return image
     return image + [*row_mark, *image * grid.columns] * grid.rows
 
 
@@ -76,7 +100,7 @@ def render_tiles(image: EncodedImage, grid: Grid, whole: EvalTransform, like: Pl
     """
     plan = whole.on_grid(image.width, image.height, grid)
     min_width, min_height = plan.min_decoded
-    canvas = resized(image.decode(min_width=min_width, min_height=min_height), plan)
+    canvas = _framed(resized(image.decode(min_width=min_width, min_height=min_height), plan), grid, plan)
     if like.flip:
         canvas = canvas[:, ::-1]
     if like.colours is not None:
@@ -84,6 +108,18 @@ def render_tiles(image: EncodedImage, grid: Grid, whole: EvalTransform, like: Pl
         canvas = recolour(pixels, torch.tensor([like.colours]))[0].permute(1, 2, 0).numpy()
     tiles = canvas.reshape(grid.rows, plan.size, grid.columns, plan.size, 3).swapaxes(1, 2)
     out[...] = tiles.reshape(out.shape)
+
+
+def _framed(picture: NDArray[np.uint8], grid: Grid, plan: Plan) -> NDArray[np.uint8]:
+    """A picture in the middle of the canvas of its grid."""
+    height, width = grid.rows * plan.size, grid.columns * plan.size
+    top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+    if picture.shape[:2] == (height, width):
+        return picture
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[...] = plan.border
+    canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return canvas
 
 
 def as_seen(image: EncodedImage, grid: Grid, spec: ImageSpec) -> NDArray[np.uint8]:

@@ -206,9 +206,11 @@ class EvalTransform:
 
     def on_grid(self, width: int, height: int, grid: Grid) -> Plan:
         """The whole image on a grid of squares, for `rendering.resized`: behind borders where `resize` is pad, else
-        squashed."""
-        box = (0, 0, width, height)
-        if self.resize == "pad":
+        squashed. Where the grid is a map it is as large as the grid allows, and the borders are for `data.tiles`."""
+        box, (right, bottom) = (0, 0, width, height), (grid.columns * self.size, grid.rows * self.size)
+        if grid.is_map:
+            right, bottom = min(right, -(-width * bottom // height)), min(bottom, -(-height * right // width))
+        elif self.resize == "pad":
             full_width = max(width, -(-height * grid.columns // grid.rows))
             full_height = max(height, -(-width * grid.rows // grid.columns))
             box = (-((full_width - width) // 2), -((full_height - height) // 2), full_width, full_height)
@@ -216,7 +218,7 @@ class EvalTransform:
             width=width,
             height=height,
             box=box,
-            resized=(grid.columns * self.size, grid.rows * self.size),
+            resized=(right, bottom),
             size=self.size,
             exact=True,
             border=self.border,

@@ -32,6 +32,9 @@ Reply = str | DataError
 Pictures = Sequence[Grid]
 """The tiles of each picture that a question is about."""
 
+Shown = tuple[Tensor, Tensor, Sequence[Pictures]]
+"""What N questions are about: images uint8 [N, I, 3, S, S], how many of them count, int64 [N], and their pictures."""
+
 
 class Prompts(Protocol):
     """How a question becomes what a model goes on from; `data.dialogue.DialogueEncoder` is the one implementation."""
@@ -95,11 +98,11 @@ class Answerer:
         asked = [(text, row) for row, texts in enumerate(questions) for text in texts]
         prompts = [self._prompt_or_error(text, grids[row], max_new_tokens) for text, row in asked]
 
-        def images_of(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        def shown(chosen: Sequence[int]) -> Shown:
             rows = [asked[place][1] for place in chosen]
-            return images[rows], num_images[rows]
+            return images[rows], num_images[rows], [grids[row] for row in rows]
 
-        replies = iter(self._replies(prompts, images_of, max_new_tokens))
+        replies = iter(self._replies(prompts, shown, max_new_tokens))
         return [[next(replies) for _ in texts] for texts in questions]
 
     def blind_answers(self, questions: Sequence[tuple[str, Pictures]]) -> list[Reply]:
@@ -107,10 +110,10 @@ class Answerer:
         tower is made for. Collective; ranks may ask unequally many."""
         prompts = [self._prompt_or_error(text, grids, MAX_NEW_TOKENS) for text, grids in questions]
 
-        def images_of(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        def shown(chosen: Sequence[int]) -> Shown:
             return self._blank([questions[place][1] for place in chosen])
 
-        return self._replies(prompts, images_of, MAX_NEW_TOKENS)
+        return self._replies(prompts, shown, MAX_NEW_TOKENS)
 
     def prompt(self, text: str, grids: Pictures, max_new_tokens: int) -> list[int]:
         """ids of a question about pictures with these tiles.
@@ -137,10 +140,10 @@ class Answerer:
     def _replies(
         self,
         prompts: Sequence[list[int] | DataError],
-        images_of: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+        shown: Callable[[Sequence[int]], Shown],
         max_new_tokens: int,
     ) -> list[Reply]:
-        """The texts behind prompts. `images_of`: places among the prompts -> their images and how many each has."""
+        """The texts behind prompts. `shown`: places among the prompts -> what they are about."""
         replies: list[Reply] = [prompt if isinstance(prompt, DataError) else "" for prompt in prompts]
         places = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, DataError)]
         mine = torch.tensor(-(-len(places) // _QUESTIONS_PER_FORWARD), device=self.device)
@@ -150,30 +153,33 @@ class Answerer:
                 self._told([[self.dialogues.stop_id]], self._blank([()]), max_new_tokens)
                 continue
             ids: list[Any] = [prompts[place] for place in chosen]
-            for place, text in zip(chosen, self._told(ids, images_of(chosen), max_new_tokens), strict=True):
+            for place, text in zip(chosen, self._told(ids, shown(chosen), max_new_tokens), strict=True):
                 replies[place] = text
         return replies
 
-    def _blank(self, pictures: Sequence[Pictures]) -> tuple[Tensor, Tensor]:
-        """Images of the mean colour, uint8 [N, I, 3, S, S], and how many of them count, int64 [N]."""
+    def _blank(self, pictures: Sequence[Pictures]) -> Shown:
+        """Images of the mean colour."""
         spec = self.model.image_spec
         num_images = [sum(grid.num_images for grid in grids) for grids in pictures]
         colour = (255 * torch.tensor(spec.mean)).round().to(torch.uint8)
         shape = (len(num_images), max(1, *num_images), 3, spec.size, spec.size)
-        return colour[:, None, None].expand(shape), torch.tensor(num_images)
+        return colour[:, None, None].expand(shape), torch.tensor(num_images), pictures
 
-    def _told(self, prompts: Sequence[list[int]], images: tuple[Tensor, Tensor], max_new_tokens: int) -> list[str]:
+    def _told(self, prompts: Sequence[list[int]], shown: Shown, max_new_tokens: int) -> list[str]:
+        images, num_images, pictures = shown
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         with inference(self.model, self.device, self.autocast):
             found = self.model.generate(
-                *(each.to(self.device, non_blocking=True) for each in images),
+                images.to(self.device, non_blocking=True),
+                num_images.to(self.device, non_blocking=True),
                 ids.to(self.device),
                 lengths.to(self.device),
                 max_new_tokens=max_new_tokens,
                 eos_id=self.dialogues.stop_id,
+                pictures=pictures,
             )
         return [self.tokenizer.decode(self._ended(row)) for row in found.tolist()]
 

@@ -183,10 +183,11 @@ def _batch_of(samples: Sequence[Sample]) -> Batch:
     num_images = [len(sample.images) for sample in samples]
     shape = samples[0].images.shape[1:] if samples else (3, 1, 1)
     images = torch.zeros(len(samples), max([1, *num_images]), *shape, dtype=torch.uint8)
-    grids = torch.zeros(len(samples), max([1, *(len(sample.grids) for sample in samples)]), 2, dtype=torch.int64)
+    most = max([1, *(len(sample.grids) for sample in samples)])
+    grids = torch.zeros(len(samples), most, len(Grid._fields), dtype=torch.int64)
     for row, sample in enumerate(samples):
         images[row, : len(sample.images)] = sample.images
-        grids[row, : len(sample.grids)] = torch.tensor(sample.grids).view(-1, 2)
+        grids[row, : len(sample.grids)] = torch.tensor(sample.grids).view(-1, len(Grid._fields))
     return Batch(images=images, num_images=torch.tensor(num_images, dtype=torch.int64), grids=grids)
 
 

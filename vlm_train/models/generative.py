@@ -2,7 +2,7 @@
 2304.08485).
 
 1. The tower makes tokens of each image that is there, the connector brings them to the width of the language model.
-2. They are laid where a dialogue has IMAGE_ID, image after image in the order of the batch.
+2. They are laid where a dialogue has IMAGE_ID, picture after picture in the order of the batch (`image_layout`).
 3. The language model reads the dialogues one behind the other, each alone and without padding. Its logits are never
    formed here: they are `token_hidden @ token_vocabulary.T`.
 
@@ -21,11 +21,23 @@ from torch import Tensor, nn
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.base import Connector
 from vlm_train.models.feature_store import FeatureStore
+from vlm_train.models.image_layout import layout_of
 from vlm_train.models.language import CausalLanguageModel
 from vlm_train.models.packing import Texts
 from vlm_train.models.vision.image import Normalize
 from vlm_train.models.vision.vit import Layer
-from vlm_train.types import IMAGE_ID, Batch, DialogueSpec, ImageSpec, ModalitySpec, Outputs
+from vlm_train.types import (
+    IMAGE_ID,
+    WHOLE,
+    Batch,
+    DialogueSpec,
+    Grid,
+    ImageSpec,
+    ModalitySpec,
+    Outputs,
+    TileLayout,
+    grids_of,
+)
 
 
 class TokenTower(Protocol):
@@ -60,19 +72,20 @@ class GenerativeModel(nn.Module):
         max_images: most images of a dialogue.
         max_tiles: most tiles of an image that has more pixels than the tower sees, each of which is one more image to
             it, with an overview in front of them (`data.tiles`); 1 is no tiles.
+        tile_layout: what these become: `rows`, tile behind tile, or `map`, one map of the picture as in LLaVA-NeXT.
         drop_class_token: whether the connector gets the tokens of patches alone.
         feature_layer: where the tower is read: None behind its last norm, -1 before that, -2, as LLaVA reads CLIP, a
             block before. What lies behind is taken out of the tower.
 
     Raises:
-        ConfigError: a tower without tokens or without this layer, or a context that the language model or the images do
-            not leave.
+        ConfigError: a tower without tokens or without this layer, a context that the language model or the images do
+            not leave, or a layout that the tiles cannot have.
     """
 
     outputs = frozenset({"token_hidden", "token_vocabulary"})
     forward_methods: tuple[str, ...] = ("generate",)
     modalities: tuple[ModalitySpec, ...] = ()
-    part_inputs: Mapping[str, Sequence[str]] = {"connector": ("vision",), "text": ("connector",)}
+    part_inputs: Mapping[str, Sequence[str]] = {"connector": ("vision",), "text": ("connector", "layout")}
     """Part -> the parts whose results it reads: through it come the gradients of those."""
     feature_store: FeatureStore | None = None
     """Where the tower's tokens come from in training, if it is frozen; whoever trains the model puts it here."""
@@ -86,6 +99,7 @@ class GenerativeModel(nn.Module):
         context_length: int,
         max_images: int = 1,
         max_tiles: int = 1,
+        tile_layout: TileLayout = "rows",
         drop_class_token: bool = True,
         feature_layer: Layer | None = None,
     ) -> None:
@@ -103,6 +117,7 @@ class GenerativeModel(nn.Module):
         vision.drop_unread(feature_layer)
         self.vision, self.text, self.feature_layer = vision, text, feature_layer
         self.connector = connector(in_dim=vision.out_dim, out_dim=text.width, num_patches=num_patches)
+        self.layout = layout_of(tile_layout, self.connector, width=text.width, max_tiles=max_tiles)
         self.image_spec, self.text_spec = vision.image_spec, text.text_spec
         self.normalize = Normalize(self.image_spec)
         self.dialogue = DialogueSpec(
@@ -111,6 +126,7 @@ class GenerativeModel(nn.Module):
             max_images=max_images,
             max_tiles=max_tiles,
             tile_size=self.image_spec.size,
+            tile_layout=tile_layout,
         )
         self._check_context()
 
@@ -119,7 +135,7 @@ class GenerativeModel(nn.Module):
         if spec.max_tiles < 1:
             raise ConfigError("max_tiles is no number of tiles", got=spec.max_tiles, allowed="1, no tiles, or more",
                               remedy="model.max_tiles=1")  # fmt: skip
-        of_images = spec.num_places * spec.num_image_tokens
+        of_images = spec.max_images * self.layout.largest(spec.max_tiles).num_tokens(spec.num_image_tokens)
         if not of_images < spec.context_length <= self.text.context:
             raise ConfigError(
                 "the context of a generative model does not hold its dialogues",
@@ -135,14 +151,16 @@ class GenerativeModel(nn.Module):
         return self.connector.num_tokens
 
     def forward(self, batch: Batch) -> Outputs:
-        """Reads `images`, `num_images`, `dialogue_ids` and `dialogue_lengths`. Returns `token_hidden` [B, T, D], zeros
-        on padding, and `token_vocabulary` [V, D]. A batch of texts alone may be without images.
+        """Reads `images`, `num_images`, `dialogue_ids`, `dialogue_lengths` and, of tiles in a map, `grids`. Returns
+        `token_hidden` [B, T, D], zeros on padding, and `token_vocabulary` [V, D]. A batch of texts alone may be without
+        images.
 
         Raises:
             ConfigError: images that do not have the shape of the tower's, or as many tokens as the dialogues say.
         """
         ids_BT, lengths_B = batch["dialogue_ids"], batch["dialogue_lengths"]
-        x_BTD, lengths = self._read(batch.get("images"), batch["num_images"], ids_BT, lengths_B)
+        pictures = grids_of(batch) if "grids" in batch else None
+        x_BTD, lengths = self._read(batch.get("images"), batch["num_images"], ids_BT, lengths_B, pictures)
         return {
             "token_hidden": self._hidden(x_BTD, lengths),
             # a copy, since sharded strategies put hooks on what a model returns, and on a parameter they would stay
@@ -159,29 +177,41 @@ class GenerativeModel(nn.Module):
         return hidden_ND.new_zeros(x_BTD.shape).index_put((places_N // num_tokens, places_N % num_tokens), hidden_ND)
 
     def _read(
-        self, images: Tensor | None, num_images_B: Tensor, ids_BT: Tensor, lengths_B: Tensor
+        self,
+        images: Tensor | None,
+        num_images_B: Tensor,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        pictures: Sequence[Sequence[Grid]] | None,
     ) -> tuple[Tensor, list[int]]:
         """Dialogues as the language model reads them [B, T, D], and the length of each."""
         is_image_BT = ids_BT == IMAGE_ID
         # one transfer from the device for everything that the host must know
         known = torch.stack([num_images_B, is_image_BT.sum(dim=1), lengths_B]).tolist()
         num_images, num_image_tokens, lengths = cast(list[list[int]], known)
-        self._check_counts(num_images, num_image_tokens)
+        if pictures is None:
+            pictures = [(WHOLE,) * number for number in num_images]
+        self._check_counts(num_images, num_image_tokens, pictures)
         x_BTD = self.text.embed(ids_BT.clamp(min=0))
         tokens_NQD = self._image_tokens(images, num_images).to(x_BTD.dtype)
+        tokens_MD = self.layout(tokens_NQD, [grid for row in pictures for grid in row] or [WHOLE])
         if not sum(num_images):
-            return x_BTD + (0 * tokens_NQD).sum(), lengths
+            return x_BTD + (0 * tokens_MD).sum(), lengths
         places = torch.nonzero_static(is_image_BT.flatten(), size=sum(num_image_tokens)).squeeze(1)
-        x_ND = x_BTD.flatten(0, 1).index_copy(0, places, tokens_NQD.flatten(0, 1))
+        x_ND = x_BTD.flatten(0, 1).index_copy(0, places, tokens_MD)
         return x_ND.view_as(x_BTD), lengths
 
-    def _check_counts(self, num_images: Sequence[int], num_image_tokens: Sequence[int]) -> None:
-        for row, (number, found) in enumerate(zip(num_images, num_image_tokens, strict=True)):
-            if found != number * self.tokens_per_image:
+    def _check_counts(
+        self, num_images: Sequence[int], num_image_tokens: Sequence[int], pictures: Sequence[Sequence[Grid]]
+    ) -> None:
+        for row, (number, found, grids) in enumerate(zip(num_images, num_image_tokens, pictures, strict=True)):
+            num_wanted = sum(grid.num_images for grid in grids)
+            wanted = sum(grid.num_tokens(self.tokens_per_image) for grid in grids)
+            if (number, found) != (num_wanted, wanted):
                 raise ConfigError(
                     "a dialogue does not have the tokens of its images",
                     got=f"row {row}: {found} image tokens for {number} images",
-                    allowed=f"{number * self.tokens_per_image}, {self.tokens_per_image} for each image",
+                    allowed=f"{wanted} for {num_wanted}, {self.tokens_per_image} for each image",
                     remedy="build the data with the model's own dialogue",
                 )
 
@@ -233,13 +263,15 @@ class GenerativeModel(nn.Module):
         eos_id: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        pictures: Sequence[Sequence[Grid]] | None = None,
     ) -> Tensor:
         """The answers to prompts, fields as those of a batch: ids [B, max_new_tokens], see `CausalLanguageModel`.
+        `pictures`: as `grids` of a batch say; None where each is one image.
 
         Raises:
             ConfigError: as `forward`, or a prompt that leaves no room.
         """
-        x_BTD, _ = self._read(images, num_images, ids_BT, lengths_B)
+        x_BTD, _ = self._read(images, num_images, ids_BT, lengths_B, pictures)
         return self.text.generate(
             x_BTD, lengths_B, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p
         )

@@ -29,6 +29,8 @@ class SelfAttentionConnector(Connector):
         ConfigError: no block, or heads that do not divide the width.
     """
 
+    keeps_places = True
+
     def __init__(
         self,
         *,

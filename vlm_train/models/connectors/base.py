@@ -9,6 +9,7 @@ becomes is known before any image is seen: `num_tokens`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import nn
 
@@ -19,6 +20,7 @@ class Connector(nn.Module):
     """Base of the connectors: `forward` maps patches [N, P, Dv] of N images, 0 among them, to [N, num_tokens, D]."""
 
     num_tokens: int  # of the language model for one image
+    keeps_places: ClassVar[bool] = False  # whether they stand as their patches do, in rows from the top left
 
     def forward_flops(self) -> float:
         """Forward FLOPs of one image."""

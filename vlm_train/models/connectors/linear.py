@@ -26,6 +26,8 @@ class MLPConnector(Connector):
         ConfigError: no layer.
     """
 
+    keeps_places = True
+
     def __init__(self, *, in_dim: int, out_dim: int, num_patches: int, num_layers: int = 2) -> None:
         super().__init__()
         require_counts({"num_layers": num_layers})

@@ -27,6 +27,8 @@ class PixelShuffleConnector(Connector):
         ConfigError: patches that are no square, or cannot be cut so.
     """
 
+    keeps_places = True
+
     def __init__(self, *, in_dim: int, out_dim: int, num_patches: int, factor: int = 2) -> None:
         super().__init__()
         require_counts({"factor": factor})
