@@ -298,7 +298,7 @@ def test_ranks_that_share_the_weights_answer_in_lock_step() -> None:
     model = make_model(text=make_text(tie_word_embeddings=True)).eval()
     expected = answers(model, prompts(), eos_id=ENDS_EARLY)
     assert (expected[3] == ENDS_EARLY).all() and (expected[0] != ENDS_EARLY).all()  # one rank goes on for the other
-    for rows, (found, again, numbers) in zip(SHARES, run_ranks(sharded_rank, 2, timeout=60), strict=True):
+    for rows, (found, again, numbers) in zip(SHARES, run_ranks(sharded_rank, 2), strict=True):
         assert torch.equal(found, expected[rows]) and torch.equal(again, found)
         assert numbers.tolist() == [len(list(model.parameters()))] * 2
 
