@@ -115,15 +115,17 @@ def _command(folder: str, words: list[str], environment: dict[str, str], log: st
 
 
 def signal_after(folder: Path, words: Sequence[str], run: Path, step: int, number: int, timeout: float = 300) -> int:
-    """Starts a run, sends signal `number` to its process once metrics.jsonl tells `step`; returns the exit code."""
+    """Starts a run, sends signal `number` once metrics.jsonl tells `step`, SIGTERM to all its processes as a scheduler
+    does, others to the first; returns the exit code."""
     with open(folder / "log.txt", "a") as log:
-        process = start(folder, words, stdout=log, stderr=log)
+        process = start(folder, words, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + timeout
         while last_step(run) < step and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         if process.poll() is not None:
             raise AssertionError(f"the run ended before step {step}:\n{(folder / 'log.txt').read_text()[-3000:]}")
-        process.send_signal(number)
+        send = os.killpg if number == signal.SIGTERM else os.kill
+        send(process.pid, number)
         return process.wait(timeout=60)
 
 

@@ -80,7 +80,9 @@ def test_evaluation_workers_stay_between_passes_and_change_nothing(source):
 
 
 _CHILD = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, threading, time
+# as pyarrow does, at times
+os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(10**6,), daemon=True).start())
 from data_fixtures import *
 from vlm_train.data.selection import Selection
 from vlm_train.data.sources.shards import ShardSource

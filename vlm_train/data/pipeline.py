@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,10 +160,23 @@ def _loader(steps: Steps, order: Iterable[int], num_workers: int) -> DataLoader:
 
 
 def _run(loader: DataLoader) -> Iterator[Batch]:
-    for item in loader:
+    with _sigterm_blocked():
+        items = iter(loader)  # starts the workers
+    for item in items:
         if isinstance(item, VlmError):
             raise item
         yield item
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """For processes that are forked inside: some libraries (pyarrow) start threads in a new process before it has its
+    first word, and a thread that does not block a signal takes it for all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(loader: DataLoader) -> None:
