@@ -88,6 +88,7 @@ def test_the_ends_of_a_share_count_as_told() -> None:
         ([], "wrong number of words"),
         (["a", "b"], "wrong number of words"),
         (["a", "--word", " "], "--word is empty"),
+        (["a", "--word", "\udcff"], "--word is no UTF-8"),
     ],
 )
 def test_words_that_make_no_sense_are_named(words: list[str], said: str) -> None:

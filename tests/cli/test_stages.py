@@ -12,7 +12,7 @@ import torch
 from vlm_train import build, origins
 from vlm_train.cli import export, train
 from vlm_train.cli.compose import compose_config
-from vlm_train.cli.stages import check_handover, compose_stages
+from vlm_train.cli.stages import check_handover, compose_stages, told_of
 from vlm_train.cli.trained import open_run, pinned
 from vlm_train.engine import checkpoints
 from vlm_train.errors import ConfigError
@@ -148,6 +148,22 @@ def test_a_stage_that_cannot_follow_is_refused_before_the_first(word: str, told:
     with pytest.raises(ConfigError) as caught:
         check_handover(compose(word)[1])
     assert told in str(caught.value) and "stage" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("remedy", "told"),
+    [
+        ("schedule.warmup_steps=7", "stages.large.schedule.warmup_steps=7"),
+        ("run.resume=never", "run.resume=never"),
+        ("vlm-train configs search optim.lr", "vlm-train configs search optim.lr"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["large", SECOND])
+def test_the_remedy_is_one_for_the_stage(remedy: str | None, told: str | None, name: str) -> None:
+    with pytest.raises(ConfigError, match=name) as caught, told_of(name):
+        raise ConfigError("it cannot be", remedy=remedy)
+    assert caught.value.remedy == told
 
 
 @pytest.mark.parametrize("word", ["+stages.a.run.id=x", "+stages.a=3", "+stages.a.init=x", "+stages={latest/x: {}}"])

@@ -396,3 +396,26 @@ def test_hostile_bytes_raise_sample_errors_only(kind, data):
         assert image.decode(min_width=8, min_height=8, fast=data.draw(st.booleans())).dtype == np.uint8
     except SampleError as error:
         assert error.reason.startswith("image_")
+
+
+@pytest.mark.parametrize(
+    ("turns", "caption"),
+    [
+        ([{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}], ["red"]),
+        (
+            [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " a cat "}, {"from": "gpt", "value": "b"}],
+            ["a cat"],
+        ),
+        ([{"role": "assistant", "content": 3}, {"role": "assistant", "content": "later"}], None),
+        ([{"role": ["assistant"], "content": "x"}, "text", None], None),
+        ("assistant", None),
+    ],
+)
+def test_the_caption_of_a_dialogue_without_one_is_its_first_answer(turns: object, caption: list[str] | None) -> None:
+    metadata = {"conversations": turns}
+    if caption is None:
+        with pytest.raises(SampleError, match="no_caption"):
+            decode_captions({}, metadata)
+    else:
+        assert decode_captions({}, metadata) == caption
+    assert decode_captions({"txt": b"own"}, metadata) == decode_captions({}, {**metadata, "caption": "own"}) == ["own"]

@@ -121,6 +121,11 @@ def plain(name: str, text: str) -> str:
     """Any text but none."""
     if not text.strip():
         raise ConfigError(f"{name} is empty", got=repr(text), allowed="a text", remedy=f"give {name} a value")
+    try:
+        text.encode("utf-8")
+    except UnicodeError:  # bytes of the command line that are none are kept as halves of surrogate pairs
+        raise ConfigError(f"{name} is no UTF-8", got=repr(text), allowed="a text in UTF-8",
+                          remedy=f"give {name} again in this encoding") from None  # fmt: skip
     return text
 
 

@@ -78,8 +78,9 @@ def told_of(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        what = f"stage {name}: {error.what}"
-        raise ConfigError(what, got=error.got, allowed=error.allowed, remedy=error.remedy) from error
+        own = re.sub(rf"\A{STAGE}\d+-", "", name)
+        remedy = re.sub(r"\A(?!run\.|stages\.)(?=\w+(\.\w+)+=)", f"stages.{own}.", error.remedy or "") or None
+        raise ConfigError(f"stage {name}: {error.what}", got=error.got, allowed=error.allowed, remedy=remedy) from error
 
 
 def place(stage: DictConfig, whole: DictConfig, name: str, before: Path | None) -> None:

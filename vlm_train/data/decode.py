@@ -29,6 +29,7 @@ from PIL import Image
 
 from vlm_train.data.exif import orientation_of, upright
 from vlm_train.data.modalities.members import modality_members
+from vlm_train.data.turns import first_answer
 from vlm_train.errors import DataError
 
 MAX_PIXELS = 1 << 26  # 8,192 x 8,192: above it a small file can ask for gigabytes
@@ -162,7 +163,8 @@ def decode_metadata(parts: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def decode_captions(parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[str]:
-    """Every caption of a sample, KEY.txt first, then `captions` and `caption` of KEY.json; no repeats, at least one.
+    """Every caption of a sample, KEY.txt first, then `captions` and `caption` of KEY.json, or the first answer of a
+    dialogue without these; no repeats, at least one.
 
     A byte order mark, NUL bytes and outer white space go; a caption is cut at `MAX_CAPTION_CHARS` characters.
 
@@ -175,6 +177,7 @@ def decode_captions(parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> 
         raise SampleError("metadata_captions", got=str(listed)[:80], allowed="a list of strings")
     single = metadata.get("caption")
     found = [*listed, single] if isinstance(single, str) else listed
+    found = found if found or "txt" in parts else first_answer(metadata)
     try:
         "".join(found).encode("utf-8")  # JSON can spell half a surrogate pair, which no tokenizer takes
         found = [parts["txt"].decode("utf-8-sig"), *found] if "txt" in parts else found
@@ -196,8 +199,7 @@ def decode_label(metadata: Mapping[str, Any]) -> int | None:
 
 
 def sample_uid(parts: Mapping[str, bytes]) -> bytes:
-    """16 bytes that name the content, so they survive resharding and convict a shard that changed after it was indexed.
-    See `sample_hashes`."""
+    """16 bytes that name the content, so they survive resharding and convict a changed shard; see `sample_hashes`."""
     return sample_hashes(parts)[0]
 
 

@@ -112,13 +112,16 @@ class Asked:
     types: Counter[str] = field(default_factory=Counter)  # of all questions that could be asked
     first: tuple[Batch, int] | None = None  # the first picture: the one before it lies on another rank
     last: list[Question] = field(default_factory=list)
-    problem: str = ""
+    problems: list[str] = field(default_factory=list)  # samples whose questions are none, and why
 
 
 def questions_of(metadata: dict[str, Any]) -> list[Question]:
     """The questions of a sample. Raises KeyError, TypeError, AttributeError or ValueError for what is none."""
     found = []
-    for row in metadata.get("qa") or []:
+    rows = metadata.get("qa") or []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{str(rows)[:80]} is no list of questions")
+    for row in rows:
         answers = row["answers"] if row.get("answers") is not None else [row["answer"]]
         if not isinstance(answers, list) or not answers:
             raise ValueError(f"{answers!r} is no list of answers")
@@ -126,6 +129,7 @@ def questions_of(metadata: dict[str, Any]) -> list[Question]:
         for each in (text, kind, row.get("answer", ""), *answers):
             if not isinstance(each, str):
                 raise ValueError(f"{each!r} is no text")
+            each.encode("utf-8")  # JSON can spell half a surrogate pair, which no tokenizer takes
         often = Counter(map(normalise, answers)).most_common(1)[0][0]  # of equals the first
         found.append(Question(text, row.get("answer", often), answers, kind))
     return found
@@ -155,6 +159,7 @@ def ask(answerer: Answer, batches: Iterator[Batch], choice: Choice, *, what: str
                 before[row], asked.last = asked.last, own[row]
                 asked.first = asked.first or (batch, row)
                 asked.images.update({"", *(question.kind for question in own[row])})
+        _raise_problems(asked)
         texts = [[question.text for question in [*mine, *others]] for mine, others in zip(own, before, strict=True)]
         for row, replies in enumerate(answerer.answers(batch, texts)):
             _keep(asked, batch, row, own[row], replies)
@@ -176,11 +181,12 @@ def sum_by_name(mine: Mapping[str, int]) -> dict[str, int]:
 
 
 def _chosen_or_none(asked: Asked, batch: Batch, row: int, choice: Choice) -> list[Question]:
-    """The first problem is kept, to be raised where every rank is told."""
+    """What is wrong is kept, to be raised where every rank is told."""
     try:
         found = questions_of(batch["metadata"][row])
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        asked.problem = asked.problem or f"{batch['keys'][row]}: {type(error).__name__}: {error}"
+        what = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+        asked.problems.append(f"{batch['keys'][row]}: {what}")
         return []
     asked.types.update(question.kind for question in found if choice.wanted(question))
     return choice.among(found, batch["keys"][row])
@@ -224,16 +230,19 @@ def _tell_refused(asked: Asked) -> None:
                     ", ".join(named[:_MAX_NAMED]), more)  # fmt: skip
 
 
+def _raise_problems(asked: Asked) -> None:
+    """Before anything of the batch is asked, on every rank."""
+    problems = [problem for part in collectives.gather_objects(asked.problems) for problem in part]
+    if problems:
+        more = f", and {len(problems) - _MAX_NAMED} more of its batch" if len(problems) > _MAX_NAMED else ""
+        raise DataError("The questions of a sample cannot be read", got="; ".join(problems[:_MAX_NAMED]) + more,
+                        allowed=_FORM, remedy="mend `qa` of these KEY.json")  # fmt: skip
+
+
 def _check(asked: Asked, batch: Batch | None, choice: Choice, what: str) -> None:
     """What cannot be measured is an error on every rank."""
-    problems = [problem for problem in collectives.gather_objects(asked.problem) if problem]
-    if problems or batch is None:
-        raise DataError(
-            "The questions of a sample cannot be read" if problems else "There is nothing to evaluate",
-            got=problems[0] if problems else "no batches",
-            allowed=_FORM,
-            remedy="mend KEY.json" if problems else "check data.val.shards",
-        )
+    if batch is None:
+        raise DataError("There is nothing to evaluate", got="no batches", allowed=_FORM, remedy="check data.val.shards")
     types = sum_by_name(asked.types)
     missing = [kind for kind in choice.types or [] if kind not in types]
     if missing or not types:

@@ -221,6 +221,6 @@ def no_usable_sample(location: str, index: ShardIndex) -> DataError:
     return DataError(
         f"shard `{shown(location)}` holds no usable sample",
         got=found or f"no part of a sample ({ignored or 'empty'})",
-        allowed="samples of an image (jpg, png, webp) and a caption (txt, or captions in json)",
+        allowed="samples of an image (jpg, png, webp) and a caption (txt, or captions or conversations in json)",
         remedy="remove the shard from the list, or write it again with img2dataset or `vlm-train data import`",
     )
