@@ -17,6 +17,7 @@ from vlm_train.cli.options import (
     out_file,
     out_folder,
     plain,
+    sentence,
     share,
     whole,
 )
@@ -88,12 +89,15 @@ def test_the_ends_of_a_share_count_as_told() -> None:
         ([], "wrong number of words"),
         (["a", "b"], "wrong number of words"),
         (["a", "--word", " "], "--word is empty"),
-        (["a", "--word", "\udcff"], "--word is no UTF-8"),
+        (["a", "--said", "\udcff"], "--said is no UTF-8"),
+        (["a", "--said", " "], "--said is empty"),
     ],
 )
 def test_words_that_make_no_sense_are_named(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        arguments(words, {"A": plain}, {"--n": Option(whole(0), 7), "--word": Option(plain)})
+        arguments(
+            words, {"A": plain}, {"--n": Option(whole(0), 7), "--word": Option(plain), "--said": Option(sentence)}
+        )
     assert None not in (caught.value.got, caught.value.allowed, caught.value.remedy)
 
 

@@ -81,7 +81,7 @@ def test_evaluation_workers_stay_between_passes_and_change_nothing(source):
 
 _CHILD = """
 import multiprocessing, os, sys, threading, time
-# as pyarrow does, at times
+# as a library does in real runs
 os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(10**6,), daemon=True).start())
 from data_fixtures import *
 from vlm_train.data.selection import Selection

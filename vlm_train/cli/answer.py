@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.cli.arguments import Arguments
-from vlm_train.cli.options import count, plain
+from vlm_train.cli.options import count, sentence
 from vlm_train.cli.trained import choose_checkpoint, choose_device
 from vlm_train.errors import ConfigError, DataError
 
@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 64
 
 def main(run: Any, arguments: Arguments) -> int:
     """Prints the model's answer to each prompt."""
-    prompts = [plain("prompt=", text) for text in arguments.all("prompt", example='prompt="what is this?"')]
+    prompts = [sentence("prompt=", text) for text in arguments.all("prompt", example='prompt="what is this?"')]
     where = arguments.required("image", example="image=FILE")
     max_new_tokens = arguments.optional("max_tokens", count(), MAX_NEW_TOKENS)
 

@@ -121,12 +121,17 @@ def plain(name: str, text: str) -> str:
     """Any text but none."""
     if not text.strip():
         raise ConfigError(f"{name} is empty", got=repr(text), allowed="a text", remedy=f"give {name} a value")
+    return text
+
+
+def sentence(name: str, text: str) -> str:
+    """A text for a model. Names of files may be any bytes, which the command line keeps as halves of surrogate pairs;
+    no tokenizer takes these."""
     try:
-        text.encode("utf-8")
-    except UnicodeError:  # bytes of the command line that are none are kept as halves of surrogate pairs
+        return plain(name, text.encode("utf-8").decode())
+    except UnicodeError:
         raise ConfigError(f"{name} is no UTF-8", got=repr(text), allowed="a text in UTF-8",
                           remedy=f"give {name} again in this encoding") from None  # fmt: skip
-    return text
 
 
 def local(name: str, text: str) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli import answer
 from vlm_train.cli.arguments import Arguments, parse
-from vlm_train.cli.options import count, out_file, plain
+from vlm_train.cli.options import count, out_file, sentence
 from vlm_train.cli.tables import table
 from vlm_train.cli.trained import CHECKPOINT, DEVICE, RUN, choose_checkpoint, choose_device, open_run
 from vlm_train.errors import ConfigError
@@ -55,7 +55,7 @@ def main(words: list[str]) -> int:
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
     if "prompt" in arguments.values:
         return answer.main(run, arguments)
-    texts = [plain("text=", text) for text in arguments.all("text", example='text="a red car"')]
+    texts = [sentence("text=", text) for text in arguments.all("text", example='text="a red car"')]
     where = arguments.required("images", example="images=FOLDER, or images=SHARDS")
     top, out = arguments.optional("top", count(), 8), arguments.optional("out", _png)
 

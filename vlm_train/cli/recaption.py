@@ -16,6 +16,7 @@ from vlm_train.cli.options import (
     number,
     out_folder,
     plain,
+    sentence,
     share,
     whole,
 )
@@ -46,7 +47,7 @@ _KNOWN = {
     "--run": Option(plain),
     "--checkpoint": Option(plain),
     "--model": Option(plain),
-    "--prompt": Option(plain),
+    "--prompt": Option(sentence),
     "--num-captions": Option(count(100), 1),
     "--temperature": Option(number(0.0, _HOTTEST), _TEMPERATURE),
     "--top-p": Option(share(zero=False, one=True)),

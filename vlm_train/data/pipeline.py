@@ -170,7 +170,7 @@ def _run(loader: DataLoader) -> Iterator[Batch]:
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """For processes that are forked inside: some libraries (pyarrow) start threads in a new process before it has its
+    """For processes that are forked inside: some library starts a thread in a new process before it has its
     first word, and a thread that does not block a signal takes it for all."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
