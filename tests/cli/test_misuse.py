@@ -234,3 +234,27 @@ def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlm_train.cli.main", "data", "make", "scenes", b"\xff", "--num-samples", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={"PATH": "/bin"}, check=False)
     assert done.returncode == 0 and b"\\udcff written" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "forms"),
+    [
+        (["verify"], {"verify"}),
+        (["import", "llava"], {"import llava"}),
+        (["import"], {"import openmoji", "import folder", "import coco", "import aro", "import llava"}),
+        (["recaption", "shards", "--out"], {"recaption"}),
+    ],
+)
+def test_help_behind_a_verb_of_data_is_about_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], forms: set[str]
+) -> None:
+    told = {}
+    for name, asked in (("one", words), ("all", []), ("unknown", ["nothing"])):
+        assert main(["data", *asked, "--help"]) == 0
+        told[name] = capsys.readouterr().out
+    named = re.findall(r"^(?:usage:|      ) vlm-train data ((?:(?:import|make) )?\w+)", told["one"], re.MULTILINE)
+    assert set(named) == forms and len(named) == len(forms)
+    assert ("SHARDS are tars" in told["one"]) == ("SHARDS" in told["one"].split("SHARDS are")[0])
+    assert told["all"] == told["unknown"] and set(told["one"].splitlines()) < set(told["all"].splitlines()) | {
+        line.replace("      ", "usage:", 1) for line in told["all"].splitlines()
+    }

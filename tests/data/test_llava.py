@@ -133,6 +133,15 @@ def test_a_bad_row_costs_itself_and_says_why(images, row, reason):
     assert [json.loads(sample.parts["json"])["id"] for sample in samples_of(images)] == ["000001", 3]
 
 
+def test_a_row_that_was_left_out_is_found_by_its_number(images):
+    """Many dialogues are about one picture."""
+    bad = [TWO | {"image": "coco/a.jpg", "conversations": said("<image>")}, {"conversations": said("x")}]
+    imported(images, [ONE, "hello", *bad, ONE | {"image": "none.jpg"}])
+    lines = (images.parent / "out" / "import_errors.jsonl").read_text().splitlines()
+    named = {json.loads(line)["file"] for line in lines}
+    assert named == {"dialogues 2", "dialogues 3: coco/a.jpg", "dialogues 4", "dialogues 5: none.jpg"}
+
+
 def test_a_pipe_is_not_waited_for(images):
     os.mkfifo(images / "pipe.jpg")
     assert imported(images, [NONE, ONE | {"image": "pipe.jpg"}]).facts["errors"] == {"unreadable": 1}

@@ -171,5 +171,6 @@ def test_a_shard_of_which_nothing_is_left_is_replaced_by_the_next(tmp_path):
     assert {error["reason"] for error in batch["errors"]} == {"shard_unreadable"}
     for name in ("00000.tar", "00002.tar"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match="no sample near"):
+    with pytest.raises(DataError, match="no sample near") as caught:
         list(loader_of(source, Selection.all(9), workers=1))
+    assert "tried in its place: {'shard_changed': 5, 'shard_unreadable': 1}" in str(caught.value.got)

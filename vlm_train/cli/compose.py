@@ -19,7 +19,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlm_train.cli.overrides import is_group, read, split_config_dir
+from vlm_train.cli.overrides import is_group, not_taken_out, read, split_config_dir
 from vlm_train.cli.paths import conf_dir, groups
 from vlm_train.errors import ConfigError, VlmError, nearest
 from vlm_train.schema import Config, check, flatten
@@ -88,6 +88,9 @@ def _unresolved(node: Any, where: str = "") -> str | None:
 def _explain(error: Exception, overrides: list[str], search: list[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) or "Could not find" in str(error):
         return _explain_choice(error)
+    deleted = [word for word in overrides if word.startswith("~")]
+    if deleted and re.search(r"support deletion|Could not delete", f"{error}\n{error.__cause__ or ''}"):
+        return not_taken_out(next((word for word in deleted if word.strip("~") in str(error)), deleted[0]))
     key = _key_of(error)
     if key is None:
         return ConfigError(

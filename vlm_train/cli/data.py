@@ -3,6 +3,7 @@ trained models: the walk through them (`cli/walk`) and new captions of them (`cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vlm_train.cli import recaption, shards, walk
@@ -73,11 +74,23 @@ _LOWEST_SEED, _HIGHEST_SEED = -(2**63), 2**63 - 1
 def main(words: list[str]) -> int:
     """Runs the verb."""
     if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE)
+        print(usage_of(words))
         return 0
     by_models: dict[str, Action] = {"walk": walk.make_walk, "recaption": recaption.make_table}
     actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, **by_models}
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
+
+
+def usage_of(words: list[str]) -> str:
+    """The help of what the words begin with (`import llava`, `verify`), of everything where they name nothing."""
+    *forms, last = re.split(r"\n?(?:usage:|      ) (?=vlm-train data)", USAGE)[1:]
+    last, places = last.split("\nSHARDS", 1)
+    for length in (2, 1):
+        start = " ".join(["vlm-train data", *words[:length]])
+        if found := [form for form in [*forms, last] if f"{form} ".startswith(f"{start} ")]:
+            said = "\n       ".join([f"usage: {found[0]}", *found[1:]])
+            return f"{said}\nSHARDS{places}" if "SHARDS" in said else said
+    return USAGE
 
 
 def _choose(actions: Mapping[str, Action], words: list[str], verb: str) -> Action:

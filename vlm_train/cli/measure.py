@@ -136,4 +136,4 @@ def _write(results: Results, job: Job) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main, sys.argv[1:]))
+    run_rank(main, sys.argv[1:])

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from vlm_train.checks.values import said
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, nearest
+from vlm_train.schema import Config
 
 _UNREADABLE = (HydraException, ValueError, RecursionError)  # numbers of thousands of digits, lists in lists in lists
 _ALLOWED = "key=value; lists and texts as 'key=[1,2]', 'key=\"a, b\"', 'key=[\"a=b\",\"c, d\"]'"
@@ -66,6 +67,17 @@ def is_group(word: str) -> bool:
     return word.partition("=")[0].lstrip("+~") in groups()
 
 
+def not_taken_out(word: str) -> ConfigError:
+    """What is said of a `~key` that cannot be left out of a config, or is not there."""
+    key = word.lstrip("~").partition("=")[0]
+    return ConfigError(
+        f"{key} cannot be taken out",
+        got=said(word),
+        allowed="~KEY of what a config added below a key: an evaluator, a stage, a source",
+        remedy=f"{key}=VALUE if it is a key (vlm-train configs search {key.split('.')[-1]})",
+    )
+
+
 def _parsed(word: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(word)
@@ -79,6 +91,8 @@ def _check(found: Override, word: str) -> None:
         raise ConfigError(f"no such key: {key}", got=said(word), allowed="group=choice or key=value",
                           remedy="vlm-train configs keys")  # fmt: skip
     if found.is_delete():
+        if key in Config.__dataclass_fields__:
+            raise not_taken_out(word)
         return
     if found.is_sweep_override():
         raise ConfigError(f"{key} needs one value; a comma outside quotes is ambiguous", got=said(word),

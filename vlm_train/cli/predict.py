@@ -1,4 +1,4 @@
-"""`vlm-train predict`: search pictures by text with a trained model, or ask it about one."""
+"""`vlm-train predict`: search pictures by text with a trained model, or ask it about some."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from vlm_train.evaluation.search import Index
 
 USAGE = """usage: vlm-train predict run=RUN text="..." [text="..."] images=FOLDER|SHARDS [out=grid.png]
-       vlm-train predict run=RUN image=FILE prompt="..." [prompt="..."]
+       vlm-train predict run=RUN image=FILE [image=FILE] prompt="..." [prompt="..."]
 
   vlm-train predict run=runs/quickstart/latest text="a red car" text="a blue car" images=photos out=grid.png
   vlm-train predict run=runs/quickstart/latest text="a happy face" images=data/openmoji/val
   vlm-train predict run=runs/llava_tiny/latest image=photo.png prompt="how many objects are there?"
 
-Ranks every picture for each text by cosine, prints the best, and draws them; or answers questions about one picture,
-with a generative model.
+Ranks every picture for each text by cosine, prints the best, and draws them; or answers questions about pictures, with
+a generative model.
 
   run=RUN            {run}
   text=TEXT          what to look for; repeat it for several texts
   images=WHERE       a folder with images at any depth, one image, or shards (folder, glob, 'path/{{00000..00012}}.tar')
   out=FILE           where the picture is written (PNG); none is drawn if left out
   top=N              how many answers to each text; 8 if left out
-  image=FILE         the picture that is asked about
+  image=FILE         the picture that is asked about; repeat it to ask about several together; <image> in the prompt is
+                     where each is spoken of, without it they come first
   prompt=TEXT        what is asked about it; repeat it for several questions
   max_tokens=N       an answer is cut off after so many tokens; {max_new_tokens} if left out
   checkpoint=PATH    {checkpoint}
@@ -50,7 +51,7 @@ def main(words: list[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE.format(run=RUN, checkpoint=CHECKPOINT, device=DEVICE, max_new_tokens=answer.MAX_NEW_TOKENS))
         return 0
-    arguments = parse(words, KEYS, verb="predict", repeatable=("text", "prompt"))
+    arguments = parse(words, KEYS, verb="predict", repeatable=("text", "image", "prompt"))
     _check_one_question(arguments)
     run = open_run(arguments.required("run", example="run=runs/quickstart/latest"))
     if "prompt" in arguments.values:
@@ -83,7 +84,7 @@ def _check_one_question(arguments: Arguments) -> None:
     asks = {"image", "prompt", "max_tokens"} & set(arguments.values)
     searches = {"text", "images", "out", "top"} & set(arguments.values)
     if asks and searches:
-        raise ConfigError("predict either searches pictures or answers about one",
+        raise ConfigError("predict either searches pictures or answers about some",
                           got=", ".join(sorted(asks | searches)),
                           allowed="text, images, out, top; or image, prompt, max_tokens",
                           remedy='image=FILE prompt="..."')  # fmt: skip

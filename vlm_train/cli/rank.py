@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from vlm_train.cli.outcome import tell
 from vlm_train.errors import ConfigError, VlmError
@@ -23,8 +25,8 @@ def main(arguments: list[str]) -> None:
     training.train(*_places(arguments))
 
 
-def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Does `work` as one of several ranks; exit codes as in cli.main."""
+def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
+    """Does `work` as one of several ranks, and ends the process; exit codes as in cli.main."""
     die_with_parent()
     try:
         work(arguments)
@@ -36,7 +38,12 @@ def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> int:
             tell(error, arguments, who=f"[rank {global_rank()}] ")
         # other ranks may wait for this one in a collective; tearing the process group down would wait with them
         os._exit(code)
-    return 0
+    # what libraries registered for the end runs; the destructors of C++ do not: where a thread of a library still runs,
+    # they abort a rank whose work is done and written ("terminate called without an active exception")
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _places(arguments: list[str]) -> tuple[Path, Path | None]:
@@ -58,4 +65,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main, sys.argv[1:]))
+    run_rank(main, sys.argv[1:])

@@ -182,12 +182,17 @@ def _images(document: Mapping[str, Any], kinds: Kinds, errors: Errors) -> list[d
 
 def typed_rows(rows: object, name: str, kinds: Kinds, errors: Errors) -> list[dict[str, Any]]:
     """The objects of a list whose values are of the given types; what else it holds is added to `errors`."""
+    return list(numbered_rows(rows, name, kinds, errors).values())
+
+
+def numbered_rows(rows: object, name: str, kinds: Kinds, errors: Errors) -> dict[int, dict[str, Any]]:
+    """As `typed_rows`, each with its number in the list, from 1 on."""
     if not isinstance(rows, list):
         raise TypeError(f"`{name}` is a {type(rows).__name__}, not a list")
-    found = []
+    found = {}
     for number, row in enumerate(rows, start=1):
         if isinstance(row, dict) and all(type(row.get(key)) in types for key, types in kinds.items()):
-            found.append(row)
+            found[number] = row
         else:
             errors.append(failure(f"{name} {number}", "bad_row", reprlib.repr(row)))
     return found
@@ -224,7 +229,7 @@ def write_records(
         for number, record in enumerate(records):
             parts = read(record, folder)
             if isinstance(parts, str):
-                errors.append(failure(record.file, parts))
+                errors.append(failure(record.name, parts))
             else:
                 split = "val" if _held_out(parts, parameters) else record.split
                 writer.add(split, f"{number:09d}", parts)

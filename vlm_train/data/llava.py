@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_train.data.chat import IMAGE, Turn, num_images, turns_of
 from vlm_train.data.decode import SampleError
-from vlm_train.data.importers import Kinds, require, typed_rows, write_records
+from vlm_train.data.importers import Kinds, numbered_rows, require, write_records
 from vlm_train.data.local import printable, regular
 from vlm_train.data.records import Errors, Record, failure, is_name, read_image
 from vlm_train.data.writer import Progress, Summary, to_json
@@ -30,9 +30,16 @@ _MAX_BYTES = (1 << 31) - (1 << 16)  # of the images of a sample: as a tar's samp
 
 @dataclass(slots=True)
 class Dialogue(Record):
-    """One dialogue to import. `file`: its first image, empty where it has none; `more`: the others."""
+    """One dialogue to import. `number`: which of its file it is, from 1 on. `file`: its first image, empty where it has
+    none; `more`: the others."""
 
     more: list[str] = field(default_factory=list)
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """Many dialogues may speak of one picture."""
+        return _name(self.number, self.files, self.fields)
 
     @property
     def files(self) -> list[str]:
@@ -74,7 +81,7 @@ def import_llava(
     errors: Errors = []
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=regular) as file:
-            rows = typed_rows(json.load(file), "dialogues", _KINDS, errors)
+            rows = numbered_rows(json.load(file), "dialogues", _KINDS, errors)
         if not rows:
             raise ValueError("no row has the keys of a dialogue")
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -84,16 +91,16 @@ def import_llava(
             allowed="a list of {id, image, conversations} in JSON, as LLaVA has them",
             remedy="check the path, or write the dialogues in this form",
         ) from error
-    found = [_dialogue(row, errors) for row in rows]
+    found = [_dialogue(number, row, errors) for number, row in rows.items()]
     records = [dialogue for dialogue in found if dialogue is not None]
     parameters = {"dataset": "llava", "val_fraction": val_fraction}
     return write_records(records, errors, images_dir, Path(out), parameters, max_samples, progress, read=_parts)
 
 
-def _dialogue(row: Mapping[str, Any], errors: Errors) -> Dialogue | None:
+def _dialogue(number: int, row: Mapping[str, Any], errors: Errors) -> Dialogue | None:
     listed = row.get("image")
     files = listed if isinstance(listed, list) else [listed] if listed else []
-    name = str(files[0] if files else row.get("id"))
+    name = _name(number, files, row)
     if not all(map(is_name, files)):
         errors.append(failure(name, "bad_row", f"{reprlib.repr(listed)} is no name of a file"))
         return None
@@ -109,7 +116,13 @@ def _dialogue(row: Mapping[str, Any], errors: Errors) -> Dialogue | None:
     said = [{"role": turn.role, "content": turn.content} for turn in turns]
     fields = {"id": row.get("id"), "source": "llava", "conversations": said}
     first, more = (files[0], files[1:]) if files else ("", [])
-    return Dialogue(file=first, captions=[caption], fields=fields, more=more)
+    return Dialogue(file=first, captions=[caption], fields=fields, more=more, number=number)
+
+
+def _name(number: int, files: Sequence[object], row: Mapping[str, Any]) -> str:
+    """Where a dialogue stands, as `numbered_rows` says it, and what it is about."""
+    about = files[0] if files else row.get("id")
+    return f"dialogues {number}" if about is None else f"dialogues {number}: {about}"
 
 
 def _from_a_question_on(turns: list[Any]) -> list[Any]:

@@ -43,6 +43,11 @@ class Record:
     box: tuple[int, int, int, int] | None = None
 
     @property
+    def name(self) -> str:
+        """What a failure calls it."""
+        return self.file
+
+    @property
     def more(self) -> Sequence[str]:
         """Paths of further images, which some kinds of record have."""
         return ()
@@ -52,7 +57,7 @@ Errors = list[dict[str, str]]
 
 
 def failure(file: str, reason: str, detail: str = "") -> dict[str, str]:
-    """One of `Errors`. `file`: its name, or where it would have stood."""
+    """One of `Errors`. `file`: its name, or where it stands or would have stood."""
     facts = {"file": printable(file), "reason": reason}
     return facts | ({"detail": printable(detail)} if detail else {})
 

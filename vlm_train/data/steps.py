@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -199,19 +200,23 @@ class TrainSteps(StreamSteps):
 
     def _replace(self, draft: Draft, place: int, visit: int, source: int, row: int, error: DataError) -> dict[str, Any]:
         """Fills a place with the first usable replacement of `row`; returns the report of the bad sample."""
-        report = report_of(self.sources[source], row, error)
+        report, reasons = report_of(self.sources[source], row, error), Counter[str]()
         candidates = self.mixture.replacements(source, row)
         for candidate in itertools.islice(candidates, _MAX_REPLACEMENTS):
             (sample,) = self.sources[source].read(np.array([candidate]))
             problem = self._put(draft, place, sample, visit)
             if problem is None:
                 return {**report, "replaced_by": candidate}
-            if isinstance(problem, SampleError) and problem.reason == "shard_unreadable":
+            reason = problem.reason if isinstance(problem, SampleError) else "unreadable"
+            reasons[reason] += 1
+            if reason == "shard_unreadable":
                 candidates.skip_shard()
         raise DataError(
-            "no sample near a bad one can be read",
-            got=report,
-            remedy="restore the shards, or leave them out of data.train.shards",
+            "no sample near a bad one can be used",
+            got=f"{report}; tried in its place: {dict(reasons.most_common())}",
+            allowed="samples that can be read, and fit the model and data.template",
+            remedy="vlm-train data verify DIR --mode full names what is wrong with each; a dialogue_ reason may be the "
+            "config's: model.context_length, model.max_images, data.template",
         )
 
 
