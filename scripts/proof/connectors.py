@@ -45,7 +45,7 @@ CONNECTORS = {
     "mlp": [],
     "self_attention": ["model=llama3v_seed_tiny"],
     "pixel_shuffle": ["model=nano_vlm_tiny"],
-    "perceiver": ["model=idefics2_tiny"],
+    "perceiver": ["model=idefics2_tiny", f"model.connector._target_={FOLDER}.perceiver.PerceiverConnector"],
     "qformer": [
         f"model.connector._target_={FOLDER}.qformer.QFormerConnector", "+model.connector.num_queries=16",
         "+model.connector.num_layers=2", "+model.connector.num_heads=4", "+model.connector.width=128",

@@ -17,6 +17,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from vlm_train.models.connectors.attention import SelfAttentionConnector
 from vlm_train.models.connectors.base import Connector
+from vlm_train.models.connectors.grid_perceiver import GridPerceiverConnector
 from vlm_train.models.connectors.linear import LinearConnector, MLPConnector
 from vlm_train.models.connectors.perceiver import PerceiverConnector
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleConnector
@@ -32,6 +33,7 @@ CONNECTORS: dict[str, Callable[..., Connector]] = {
     "attention": partial(SelfAttentionConnector, num_heads=4),
     "pixel_shuffle": PixelShuffleConnector,
     "perceiver": partial(PerceiverConnector, num_latents=5, num_heads=4, head_dim=12, num_kv_heads=2),
+    "grid_perceiver": partial(GridPerceiverConnector, num_latents=4, num_heads=4, head_dim=12, num_kv_heads=2),
     "qformer": partial(QFormerConnector, num_queries=5, num_layers=3, num_heads=4, width=32),
 }
 

@@ -16,6 +16,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.grid_perceiver import places
 from vlm_train.models.connectors.perceiver import PerceiverConnector
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.connectors.resampler import CrossAttention
@@ -126,6 +127,7 @@ def test_an_image_becomes_as_many_tokens_as_promised(
         "attention": {"num_layers": num_layers},
         "pixel_shuffle": {"factor": factor},
         "perceiver": {"num_layers": num_layers, "num_latents": num_tokens},
+        "grid_perceiver": {"num_layers": num_layers, "num_latents": num_tokens**2},
         "qformer": {"num_layers": num_layers, "num_queries": num_tokens},
     }
     side = side * factor if name == "pixel_shuffle" else side
@@ -133,6 +135,7 @@ def test_an_image_becomes_as_many_tokens_as_promised(
     out = connector(torch.randn(num_images, side**2, IN))
     assert out.shape == (num_images, connector.num_tokens, IN if same else OUT)
     expected = {"pixel_shuffle": (side // factor) ** 2, "perceiver": num_tokens, "qformer": num_tokens}
+    expected["grid_perceiver"] = num_tokens**2
     assert connector.num_tokens == expected.get(name, side**2)
 
 
@@ -232,3 +235,30 @@ def test_defaults_are_the_sizes_that_were_published() -> None:
 
 def num_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_a_grid_perceiver_knows_places_where_features_say_nothing_of_them() -> None:
+    """Patches that are all the same but for one: where that lies shows in the tokens, and begins near it."""
+    grid = make("grid_perceiver", num_patches=36, num_latents=9, out_dim=64)
+    plain = make("perceiver", num_patches=36, num_latents=9, out_dim=64)
+    scenes = torch.randn(1, 1, IN).repeat(36, 36, 1)
+    scenes[torch.arange(36), torch.arange(36)] = torch.randn(IN)  # row k: the other one is patch k
+    with torch.no_grad():
+        spread = {name: each(scenes).std(dim=0).mean().item() for name, each in (("grid", grid), ("plain", plain))}
+    assert spread["grid"] > 1e-3 and spread["plain"] < 1e-5, spread  # measured 0.005 and 1e-7
+    told = places(3, 6, 64, torch.device("cpu")), places(6, 6, 64, torch.device("cpu"))
+    assert torch.allclose(told[1].square().mean(), torch.tensor(1.0))
+    nearest = (told[0] @ told[1].T).argmax(dim=1)
+    rows, columns = nearest // 6, nearest % 6
+    cells = torch.arange(9)
+    assert torch.equal(rows // 2, cells // 3) and torch.equal(columns // 2, cells % 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"num_latents": 5}, "num_latents=5"), ({"num_patches": 17}, "num_patches=17"), ({"out_dim": 42}, "width 42")],
+)
+def test_what_makes_no_grid_is_refused(options: dict[str, int], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make("grid_perceiver", **options)
+    assert named in str(caught.value.got)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vlm_train.cli import recaption, shards, walk
+from vlm_train.cli import dedup, recaption, shards, walk
 from vlm_train.cli.options import (
     Action,
     Option,
@@ -53,6 +53,11 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            which samples count (and how often), by a condition on the manifest's columns
        vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
            tars to one FFCV file, or anything to tars
+       vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--selection DIR] [--num-workers 2]
+                                        [--run RUN --eps 0.01 [--rule leader|paper] [--checkpoint PATH]
+                                        [--device NAME]]
+           a selection without samples whose image is a copy of another's, byte for byte or by its looks; with a run
+           also without those whose cosine with another is above 1 - eps (SemDeDup)
        vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]
                                         [--num-workers 1]
            the samples in an order in which neighbours are alike to a trained model, for data.groups (hard negatives)
@@ -77,7 +82,8 @@ def main(words: list[str]) -> int:
         print(usage_of(words))
         return 0
     by_models: dict[str, Action] = {"walk": walk.make_walk, "recaption": recaption.make_table}
-    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, **by_models}
+    curating: dict[str, Action] = {"dedup": dedup.deduplicate}
+    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, **curating, **by_models}
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
 
 

@@ -68,7 +68,7 @@ def write_walk(
     open_manifest(shards, progress=Ticker("MB indexed"))
     source = ShardSource(shards=shards)
     parts = build.load(run.path, checkpoint=checkpoint)
-    features, usable = _embedded(parts, source, device, by=by, num_workers=num_workers)
+    features, usable = embed(parts, source, device, by=by, num_workers=num_workers)
     rows = np.flatnonzero(usable)[order_alike(features)]
     near, far = cosines(features)
     facts = {
@@ -87,7 +87,7 @@ def write_walk(
     print(f"next: 'data.groups={{walk: {out}, size: {_EXAMPLE_SIZE}}}'")
 
 
-def _embedded(parts: Parts, source: Source, device: torch.device, *, by: str, num_workers: int) -> Embedded:
+def embed(parts: Parts, source: Source, device: torch.device, *, by: str, num_workers: int) -> Embedded:
     """Unit features of the samples that can be used [M, D], in file order, and which of all these are [N]."""
     from vlm_train import build
 

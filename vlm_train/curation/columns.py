@@ -1,0 +1,144 @@
+"""What curation finds of a sample by itself, as further columns of the manifest's parts, so that it is found once.
+
+A column belongs to the sample and to nothing else: not to which others there are, nor to any threshold. Whatever holds
+between samples stands in the folder of a selection. A part is written whole or not at all and only by one process at a
+time, so a killed command goes on with the parts that it has not written, and any number of workers writes the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm_train.curation import fingerprints
+from vlm_train.data.decode import SampleError
+from vlm_train.data.home import write_whole
+from vlm_train.data.manifest import Manifest, read_part
+from vlm_train.data.parallel import map_in_processes
+from vlm_train.data.sources.shards import ShardSource
+from vlm_train.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, in all)."""
+
+_CHUNK = 256  # samples whose bytes are held at a time
+_VERSION = b"vlm_train"  # of the values of a column, in the metadata of its field
+FINGERPRINT = (
+    pa.field("phash", pa.uint64()),
+    pa.field("pdq", pa.binary(32)),
+    pa.field("quality", pa.int32()),
+    pa.field("colours", pa.binary(fingerprints.COLOUR_BYTES)),
+)
+"""The columns of `fingerprints.Fingerprint`; null of a sample without a picture, or of one that does not decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A shard whose part has no fingerprints yet. `content`: the hash of its rows; `part`: where these stand."""
+
+    shard: str
+    content: str
+    part: Path
+
+
+def add_fingerprints(manifest: Manifest, *, num_workers: int | None = None, progress: Progress | None = None) -> None:
+    """Gives each part of a manifest the columns `FINGERPRINT`, where it has them not.
+
+    Args:
+        manifest: its shards are read and decoded.
+        num_workers: processes; None is one for each core.
+        progress: see `Progress`.
+
+    Raises:
+        DataError: a part is damaged or cannot be written, or a shard cannot be had; its parts so far stay.
+    """
+    facts = list(zip(manifest.shards, manifest.entries_of, manifest.parts, strict=True))
+    stale = [_Part(shard, entry["content"], part) for shard, entry, part in facts if not has_fingerprints(part)]
+    sizes = {shard: entry["num_samples"] for shard, entry, _ in facts}
+    done = len(manifest) - sum(sizes[item.shard] for item in stale)
+    for item, _ in zip(stale, map_in_processes(_write, stale, num_workers=num_workers, chunk_size=1), strict=True):
+        done += sizes[item.shard]
+        if progress is not None:
+            progress(done, len(manifest))
+
+
+def has_fingerprints(part: Path) -> bool:
+    """Whether a part has the columns, in the values of today."""
+    try:
+        schema = pq.read_schema(part)
+    except (OSError, pa.ArrowException):
+        return False  # who reads it says what is wrong
+    return all(_is_current(schema, field) for field in FINGERPRINT)
+
+
+def _is_current(schema: pa.Schema, field: pa.Field) -> bool:
+    if field.name not in schema.names:
+        return False
+    found = schema.field(field.name)
+    version = (found.metadata or {}).get(_VERSION)
+    return found.type == field.type and version == fingerprints.VERSION.encode()
+
+
+def _write(item: _Part) -> None:
+    """Computes the columns of a part and writes it with them."""
+    source = _source(item.shard)
+    if source.manifest.entries_of[0]["content"] != item.content:
+        raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
+    found: dict[str, list[Any]] = {field.name: [] for field in FINGERPRINT}
+    for start in range(0, len(source), _CHUNK):
+        for sample in source.read(np.arange(start, min(start + _CHUNK, len(source)))):
+            values = _values(sample)
+            for name, column in found.items():
+                column.append(values.get(name))
+    try:
+        with _alone(item.part):
+            write_whole(item.part, _with_columns(read_part(item.part, item.content), found))
+    except OSError as error:
+        raise DataError(f"`{item.part}` cannot be written", got=error, allowed="a manifest that can be written",
+                        remedy="make room in its folder, or make it writable") from error  # fmt: skip
+
+
+def _with_columns(table: pa.Table, found: Mapping[str, list[Any]]) -> memoryview:
+    """A part with these columns behind its own, in Parquet."""
+    for field in FINGERPRINT:
+        told = field.with_metadata({_VERSION: fingerprints.VERSION})
+        if field.name in table.column_names:
+            table = table.drop_columns([field.name])
+        table = table.append_column(told, pa.array(found[field.name], field.type))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return memoryview(sink.getvalue())
+
+
+def _values(sample: Any) -> Mapping[str, Any]:
+    """Empty of a sample that has no picture that decodes. Raises DataError where its shard cannot be read at all."""
+    try:
+        if isinstance(sample, SampleError):
+            raise sample
+        return fingerprints.fingerprint(sample.parts)._asdict()
+    except SampleError as error:
+        if error.reason == "shard_unreadable":  # it may be there again tomorrow: nothing is to be kept of today
+            raise DataError("a shard cannot be read", got=error.detail, remedy="restore it, and start again") from error
+        return {}
+
+
+@lru_cache(maxsize=2)
+def _source(shard: str) -> ShardSource:
+    return ShardSource(shards=shard)
+
+
+@contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """Holds the lock under which indexing writes, so that neither undoes what the other wrote."""
+    with open(part.parent / ".lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
