@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,8 @@ def write_selection(shards: Sequence[str], out: Path, options: Mapping[str, Any]
     embedded = None if options["--run"] is None else _embedded(options, source)
     given = {"radius": options["--radius"], "eps": options["--eps"], "semantic": options["--rule"]}
     rules = dedup.Rules(**{name: value for name, value in given.items() if value is not None})
-    found = dedup.find_duplicates(
-        manifest, rules, among=among, embedded=embedded, workers=options["--num-workers"] or 1
-    )
+    workers = options["--num-workers"] or len(os.sched_getaffinity(0))
+    found = dedup.find_duplicates(manifest, rules, among=among, embedded=embedded, workers=workers)
     selection = dedup.save(found, out, manifest, rules, None if embedded is None else embedded.model)
     _tell(found.num_dropped(), selection.content.num_kept(), len(manifest), out)
 
