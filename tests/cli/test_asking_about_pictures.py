@@ -22,7 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     """Where `run` is a model that reads two pictures and has hardly learned; `red.png` and `blue.png`."""
     folder = tmp_path_factory.mktemp("several")
     words = (
-        "model=llava_tiny", "model.max_images=2", "model.vision.num_layers=1", "objective=next_token", "data=scenes",
+        "model=llava_tiny", "model.max_images=2", "model.vision.image.size=32", "model.vision.width=32",
+        "model.vision.num_layers=1", "model.vision.num_heads=2", "model.text.architecture.hidden_size=32",
+        "model.text.architecture.intermediate_size=64", "model.text.architecture.num_hidden_layers=1",
+        "model.text.architecture.num_attention_heads=2", "model.text.architecture.num_key_value_heads=2",
+        "model.tokenizer.vocab_size=300", "trainer.num_threads=1", "objective=next_token", "data=scenes",
         "data.template=chatml", "trainer.max_steps=8", "trainer.global_batch=16", "optim.lr=1e-2", "evaluation=none",
         "schedule.warmup_steps=1", "trainer.accelerator=cpu", "data.num_workers=0",
         f"data.train.shards={scenes / 'train'}", f"data.val.shards={scenes / 'val'}", f"run.dir={folder / 'run'}",
@@ -39,8 +43,8 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
-def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """What the connector is shown in each call, as images."""
+def pictures_seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The images of each call of the model."""
     from vlm_train.models.generative import GenerativeModel
 
     seen: list[torch.Tensor] = []
@@ -57,7 +61,7 @@ def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_pictures_come_first_where_no_prompt_places_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = logits_seen(monkeypatch)
+    seen = pictures_seen(monkeypatch)
     placed = "<image>\n<image>\nwhat is this?"
     for first, second in (COLOURS, COLOURS[::-1]):
         ask = ["predict", "run=run", f"image={first}.png", f"image={second}.png", "device=cpu", "max_tokens=8"]
