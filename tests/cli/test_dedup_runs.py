@@ -143,7 +143,7 @@ def test_a_model_drops_what_means_the_same_and_training_takes_it(
     few = ("trainer.max_steps=8", "trainer.accelerator=cpu", "data.num_workers=0", "evaluation=none")
     _runs.call(tmp_path, _runs.train_words(scenes, "run.dir=run", *few))
     common = ["data", "dedup", str(data), "--run", "run", "--device", "cpu"]
-    kept, num = {}, len(open_manifest(str(data)))
+    kept, of_dropped, num = {}, {}, len(open_manifest(str(data)))
     for name, extra in {"fine": ["--eps", "1e-6"], "paper": ["--eps", "1e-3", "--rule", "paper"],
                         "leader": ["--eps", "1e-3"]}.items():  # fmt: skip
         assert main([*common, "--out", name, *extra]) == 0
@@ -154,6 +154,9 @@ def test_a_model_drops_what_means_the_same_and_training_takes_it(
         rows = [row for row in pq.read_table(tmp_path / name / "duplicates.parquet").to_pylist() if row["cosine"]]
         assert len(rows) == facts["duplicates"]["num_dropped"].get("semantic", 0)
         assert all(row["cosine"] > 1 - facts["duplicates"]["semantic"]["eps"] for row in rows)
+        dropped = {row["uid"] for row in rows}
+        of_dropped[name] = sum(row["duplicate_of"] in dropped for row in rows)
+    assert of_dropped["leader"] == 0 < of_dropped["paper"]
     assert kept["paper"] <= kept["leader"] < kept["fine"] <= num - 2 * NUM_COPIES + 2
     words = _runs.train_words(scenes, "run.dir=after", f"data.train.shards={data}", "data.selection=fine", *few)
     _runs.call(tmp_path, words)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vlm_train.curation import kmeans, semantic
 from vlm_train.curation.kmeans import Clusters, spherical
-from vlm_train.curation.semantic import nearest_of, pairs_of, removed_by_leaders
+from vlm_train.curation.semantic import nearest_leaders, nearest_of, pairs_of, removed_by_leaders
 from vlm_train.errors import ConfigError
 
 EPS = [0.002, 0.01, 0.05, 0.2]
@@ -123,7 +123,11 @@ def test_of_a_chain_paper_loses_the_end_and_leader_keeps_it():
     assert nearest_of(rows, uids, clusters).removed(eps).tolist() == [False, True, True, False]
     pairs = pairs_of(rows, uids, clusters, eps)
     assert pairs.tolist() == [[0, 1], [1, 2]]
-    assert removed_by_leaders(pairs, 4).tolist() == [False, True, False, False]
+    removed = removed_by_leaders(pairs, 4)
+    assert removed.tolist() == [False, True, False, False]
+    found = nearest_leaders(rows, pairs, removed)
+    assert found.match.tolist() == [-1, 0, -1, -1] and np.isinf(found.similarity[[0, 2, 3]]).all()
+    assert abs(found.similarity[1] - math.cos(math.radians(10))) < 1e-6
     easy = nearest_of(rows, uids, clusters, keep="easy")  # from the centroid outwards: c, then b, then a
     assert easy.removed(eps).tolist() == [True, True, False, False] and easy.match.tolist() == [1, 2, 3, -1]
 
@@ -239,6 +243,10 @@ def test_rules_agree_where_they_must(data, num_rows, keep, block):
     assert (leader <= paper).all()
     assert not (~leader[pairs[:, 0]] & ~leader[pairs[:, 1]]).any()  # no two near rows are kept
     assert np.array_equal(np.unique(pairs[~leader[pairs[:, 0]], 1]), np.flatnonzero(leader))  # each has a kept one
+    leaders = nearest_leaders(rows, pairs, leader)
+    gone = np.flatnonzero(leader)
+    assert not leader[leaders.match[gone]].any() and (leaders.similarity[gone].astype(np.float64) > 1 - 0.01).all()
+    assert (leaders.similarity[gone] <= nearest.similarity[gone]).all()
     known = set(map(tuple, pairs.tolist()))
     assert all((int(nearest.match[row]), int(row)) in known for row in np.flatnonzero(paper))
 

@@ -82,8 +82,13 @@ def main(words: list[str]) -> int:
         print(usage_of(words))
         return 0
     by_models: dict[str, Action] = {"walk": walk.make_walk, "recaption": recaption.make_table}
-    curating: dict[str, Action] = {"dedup": dedup.deduplicate}
-    actions: dict[str, Action] = {"import": _import, "make": _make, **shards.ACTIONS, **curating, **by_models}
+    actions: dict[str, Action] = {
+        "import": _import,
+        "make": _make,
+        **shards.ACTIONS,
+        "dedup": dedup.deduplicate,
+        **by_models,
+    }
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vlm_train.curation.dedup import Embedded
-    from vlm_train.data.sources.shards import ShardSource
 
 _FINEST_EPS, _LARGEST_RADIUS, _MOST_WORKERS = 1e-6, 16, 1024
 _OF_A_RUN = ("--checkpoint", "--device", "--eps", "--rule")
@@ -46,15 +45,12 @@ def write_selection(shards: Sequence[str], out: Path, options: Mapping[str, Any]
     from vlm_train.curation.columns import add_fingerprints
     from vlm_train.data.indexing import open_manifest
     from vlm_train.data.selection import Selection
-    from vlm_train.data.sources.shards import ShardSource
 
-    open_manifest(shards, progress=Ticker("MB indexed"))
-    source = ShardSource(shards=shards)
-    manifest, chosen = source.manifest, options["--selection"]
+    manifest, chosen = open_manifest(shards, progress=Ticker("MB indexed")), options["--selection"]
     among = None if chosen is None else Selection.load(chosen, manifest.fingerprint).mask()
     add_fingerprints(manifest, num_workers=options["--num-workers"], progress=Ticker("samples"))
-    embedded = None if options["--run"] is None else _embedded(options, source)
-    given = {"radius": options["--radius"], "eps": options["--eps"], "semantic": options["--rule"]}
+    embedded = None if options["--run"] is None else _embedded(options, shards)
+    given = {"radius": options["--radius"], "eps": options["--eps"], "rule": options["--rule"]}
     rules = dedup.Rules(**{name: value for name, value in given.items() if value is not None})
     workers = options["--num-workers"] or len(os.sched_getaffinity(0))
     found = dedup.find_duplicates(manifest, rules, among=among, embedded=embedded, workers=workers)
@@ -72,19 +68,22 @@ def _check_run(options: Mapping[str, Any]) -> None:
         needed(options, "--eps", "0.01")
 
 
-def _embedded(options: Mapping[str, Any], source: ShardSource) -> Embedded:
+def _embedded(options: Mapping[str, Any], shards: Sequence[str]) -> Embedded:
     """The pictures of all samples, as the run sees them."""
     import numpy as np
 
     from vlm_train import build
     from vlm_train.cli.walk import embed
     from vlm_train.curation.dedup import Embedded
+    from vlm_train.data.sources.shards import ShardSource
     from vlm_train.engine import checkpoints
 
     run = open_run(options["--run"], key="--run")
     checkpoint = choose_checkpoint(run, options["--checkpoint"])
     parts = build.load(run.path, checkpoint=checkpoint)
-    features, usable = embed(parts, source, choose_device(options["--device"]), by="image", num_workers=1)
+    features, usable = embed(
+        parts, ShardSource(shards=shards), choose_device(options["--device"]), by="image", num_workers=1
+    )
     model = {"run": str(run.path), "checkpoint": f"{checkpoint.name}@{checkpoints.identity(checkpoint)}"}
     return Embedded(features, np.flatnonzero(usable), model)
 

@@ -92,8 +92,7 @@ def canonical(
         raise ConfigError("the preference does not fit the clusters", got=list(preference.shape), allowed=[num_rows])
     chosen = np.arange(num_rows)
     members = _members(clusters)
-    halves = np.ascontiguousarray(uids[members]).view(">u8").astype(np.uint64)  # numbers that sort as the bytes do
-    keys = [halves[:, 1], halves[:, 0], clusters[members]]
+    keys = [*uid_words(uids[members]), clusters[members]]
     if preference is not None:
         keys.insert(2, -preference[members].astype(np.float64))
     order = np.lexsort(keys)
@@ -102,6 +101,12 @@ def canonical(
     lengths = np.diff(np.append(heads, len(rows)))
     chosen[rows] = np.repeat(rows[heads], lengths)
     return chosen
+
+
+def uid_words(uids: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The low and the high half of uids [N, 16], so that `np.lexsort` of both sorts them as bytes are sorted."""
+    halves = np.ascontiguousarray(uids).view(">u8").astype(np.uint64)
+    return halves[:, 1], halves[:, 0]
 
 
 def _members(clusters: NDArray[Any]) -> NDArray[np.int64]:

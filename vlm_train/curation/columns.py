@@ -7,11 +7,8 @@ time, so a killed command goes on with the parts that it has not written, and an
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,8 @@ import pyarrow.parquet as pq
 from vlm_train.curation import fingerprints
 from vlm_train.data.decode import SampleError
 from vlm_train.data.home import write_whole
-from vlm_train.data.manifest import Manifest, read_part
+from vlm_train.data.indexing import locked
+from vlm_train.data.manifest import Manifest, read_part, to_parquet
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
@@ -90,7 +88,7 @@ def _is_current(schema: pa.Schema, field: pa.Field) -> bool:
 
 def _write(item: _Part) -> None:
     """Computes the columns of a part and writes it with them."""
-    source = _source(item.shard)
+    source = ShardSource(shards=item.shard)
     if source.manifest.entries_of[0]["content"] != item.content:
         raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
     found: dict[str, list[Any]] = {field.name: [] for field in FINGERPRINT}
@@ -100,7 +98,7 @@ def _write(item: _Part) -> None:
             for name, column in found.items():
                 column.append(values.get(name))
     try:
-        with _alone(item.part):
+        with locked(item.part.parent):
             write_whole(item.part, _with_columns(read_part(item.part, item.content), found))
     except OSError as error:
         raise DataError(f"`{item.part}` cannot be written", got=error, allowed="a manifest that can be written",
@@ -114,9 +112,7 @@ def _with_columns(table: pa.Table, found: Mapping[str, list[Any]]) -> memoryview
         if field.name in table.column_names:
             table = table.drop_columns([field.name])
         table = table.append_column(told, pa.array(found[field.name], field.type))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return memoryview(sink.getvalue())
+    return to_parquet(table)
 
 
 def _values(sample: Any) -> Mapping[str, Any]:
@@ -129,16 +125,3 @@ def _values(sample: Any) -> Mapping[str, Any]:
         if error.reason == "shard_unreadable":  # it may be there again tomorrow: nothing is to be kept of today
             raise DataError("a shard cannot be read", got=error.detail, remedy="restore it, and start again") from error
         return {}
-
-
-@lru_cache(maxsize=2)
-def _source(shard: str) -> ShardSource:
-    return ShardSource(shards=shard)
-
-
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Holds the lock under which indexing writes, so that neither undoes what the other wrote."""
-    with open(part.parent / ".lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

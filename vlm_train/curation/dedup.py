@@ -5,7 +5,8 @@ Rows are dropped by three rules, one after the other, each among what the ones b
 
     selection.npy, provenance.json   as any (`data.selection`), with the rules, their settings and how many each dropped
     duplicates.parquet               uid of a dropped row, uid of what it is a duplicate of, rule, distance in bits of
-                                     pHash (exact, near), cosine (semantic)
+                                     pHash (exact, near), cosine (semantic). By the rule `paper` what it is a
+                                     duplicate of may be dropped itself, and so by a later rule
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.curation import fingerprints, kmeans, near, semantic
 from vlm_train.data.home import write_whole
-from vlm_train.data.manifest import Manifest
+from vlm_train.data.manifest import Manifest, to_parquet
 from vlm_train.data.selection import Selection
 
 FILE = "duplicates.parquet"
@@ -50,12 +50,12 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What counts as a duplicate. `radius`: bits of pHash (`near`); `eps`: 1 - cosine (`semantic`), where there are
-    embeddings; `leader`: see `semantic`."""
+    """What counts as a duplicate. `radius`: bits of pHash (`near`). Where there are embeddings, `eps`: 1 - cosine, and
+    `rule`: see `semantic`."""
 
     radius: int = near.RADIUS
     eps: float = 0.03
-    semantic: Literal["paper", "leader"] = "leader"
+    rule: Literal["paper", "leader"] = "leader"
 
 
 @dataclass(slots=True, eq=False)
@@ -106,10 +106,13 @@ def _drop_semantic(found: Duplicates, manifest: Manifest, rules: Rules, embedded
         return
     uids = manifest.uids(rows)
     clusters = kmeans.spherical(features, uids)
-    nearest = semantic.nearest_of(features, uids, clusters)
-    removed = nearest.removed(rules.eps)
-    if rules.semantic == "leader":
-        removed = semantic.removed_by_leaders(semantic.pairs_of(features, uids, clusters, rules.eps), len(rows))
+    if rules.rule == "leader":
+        pairs = semantic.pairs_of(features, uids, clusters, rules.eps)
+        removed = semantic.removed_by_leaders(pairs, len(rows))
+        nearest = semantic.nearest_leaders(features, pairs, removed)
+    else:
+        nearest = semantic.nearest_of(features, uids, clusters)
+        removed = nearest.removed(rules.eps)
     dropped, matches = rows[removed], rows[nearest.match[removed]]
     found.kept[dropped], found.of[dropped], found.rule[dropped] = False, matches, SEMANTIC
     found.cosine[dropped] = nearest.similarity[removed]
@@ -128,12 +131,10 @@ def save(found: Duplicates, out: Path, manifest: Manifest, rules: Rules, model: 
         },
     }
     if model is not None:
-        facts[SEMANTIC] = {"eps": rules.eps, "rule": rules.semantic, **model}
+        facts[SEMANTIC] = {"eps": rules.eps, "rule": rules.rule, **model}
     selection = Selection.from_mask(found.kept, manifest=manifest.fingerprint, provenance={"duplicates": facts})
     out.mkdir(parents=True, exist_ok=True)
-    sink = pa.BufferOutputStream()
-    pq.write_table(_table(found, manifest), sink, compression="zstd", write_page_checksum=True)
-    write_whole(out / FILE, memoryview(sink.getvalue()))
+    write_whole(out / FILE, to_parquet(_table(found, manifest)))
     selection.save(out)
     return selection
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm_train.data.decode import EncodedImage, first_image, open_image
+from vlm_train.data.decode import first_image, open_image
 
 COLOUR_BYTES = 3 * 8 * 8
 
@@ -46,12 +46,7 @@ class Fingerprint(NamedTuple):
 def fingerprint(parts: Mapping[str, bytes]) -> Fingerprint:
     """Of the first image of a sample. Raises SampleError where it has none, or it does not decode."""
     opened = open_image(first_image(parts))
-    return of_pixels(pixels_of(opened))
-
-
-def pixels_of(opened: EncodedImage) -> NDArray[np.uint8]:
-    """RGB, not smaller than the hashes need. Raises SampleError as `EncodedImage.decode`."""
-    return opened.decode(min_width=_DECODED, min_height=_DECODED)
+    return of_pixels(opened.decode(min_width=_DECODED, min_height=_DECODED))
 
 
 def of_pixels(pixels: NDArray[np.uint8]) -> Fingerprint:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlm_train.curation.clusters import uid_words
 from vlm_train.data.order import derive, mix
 from vlm_train.errors import ConfigError, DataError
 
@@ -93,7 +94,7 @@ def spherical(
     """
     num_clusters = default_num_clusters(len(embeddings)) if num_clusters is None else num_clusters
     _check(embeddings, uids, num_clusters, num_probed, num_iterations)
-    first = np.lexsort((*_words(uids), _drawn(uids, seed)))[:num_clusters]
+    first = np.lexsort((*uid_words(uids), _drawn(uids, seed)))[:num_clusters]
     centroids_KD, moves = unit_rows(embeddings, first, device), 0
     while moves < num_iterations:
         clusters, sums_KD = _assigned(embeddings, centroids_KD, 1)
@@ -109,7 +110,7 @@ def spherical(
 
 def uid_order(uids: Uids, *keys: NDArray[np.float64] | NDArray[np.int32]) -> NDArray[np.int64]:
     """Rows by the first of `keys`, then the next, ascending; of equal rows the lower uid, then the lower row."""
-    return np.lexsort((*_words(uids), *reversed(keys)))
+    return np.lexsort((*uid_words(uids), *reversed(keys)))
 
 
 def unit_rows(embeddings: Embeddings, rows: NDArray[np.int64] | slice, device: str) -> Tensor:
@@ -149,14 +150,8 @@ def _rounded(rows_ND: Tensor) -> Tensor:
     return (rows_ND * _GRID).round() / _GRID
 
 
-def _words(uids: Uids) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The low and the high half of uids, so that `np.lexsort` of both sorts them as bytes are sorted."""
-    halves = np.ascontiguousarray(uids).view(">u8").astype(np.uint64)
-    return halves[:, 1], halves[:, 0]
-
-
 def _drawn(uids: Uids, seed: int) -> NDArray[np.uint64]:
-    low, high = _words(uids)
+    low, high = uid_words(uids)
     return mix(high + derive(seed, low))
 
 

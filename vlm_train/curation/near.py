@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vlm_train.curation.clusters import canonical, components
 from vlm_train.curation.fingerprints import COLOUR_BYTES
 from vlm_train.curation.hamming import pairs_within
-from vlm_train.data.manifest import Manifest
+from vlm_train.data.manifest import Manifest, packed
 
 LEAST_QUALITY = 5
 """Of a fingerprint that is compared. Meta's advice for PDQ alone is 50; colours are compared too here, and drawings and
@@ -36,7 +36,7 @@ COLOUR_TOLERANCE = 24
 """Of 256 levels."""
 
 EXACT, NEAR = "exact", "near"
-_COLUMNS = ("uid", "width", "height", "image_hash", "phash", "pdq", "quality", "colours")
+_COLUMNS = ("width", "height", "image_hash", "phash", "pdq", "quality", "colours")
 _CHUNK = 1 << 16  # pairs whose colours are compared at a time
 
 Edges = NDArray[np.int64]  # [n, 2] rows
@@ -145,9 +145,7 @@ def _numbers(table: pa.Table, name: str, kind: type) -> NDArray[Any]:
 
 def _bytes(table: pa.Table, name: str, size: int) -> NDArray[np.uint8]:
     """A column of `size` bytes, zeros where it is null: uint8 [N, size]."""
-    column = table[name].fill_null(bytes(size)).combine_chunks()
-    raw = np.frombuffer(column.buffers()[1], np.uint8)
-    return raw[column.offset * size :][: len(column) * size].reshape(-1, size)
+    return np.frombuffer(packed(table[name].fill_null(bytes(size))), np.uint8).reshape(-1, size)
 
 
 def _equal(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> Edges:

@@ -147,6 +147,28 @@ def removed_by_leaders(pairs: NDArray[np.int64], num_rows: int) -> NDArray[np.bo
     return removed
 
 
+def nearest_leaders(
+    embeddings: Embeddings, pairs: NDArray[np.int64], removed: NDArray[np.bool_], *, device: str = "cpu"
+) -> Nearest:
+    """For every removed row its nearest of the kept rows that stand before it; nothing for the others.
+
+    Args:
+        embeddings: as in `nearest_of`.
+        pairs: int64 [M, 2] of `pairs_of`.
+        removed: bool [N], what `removed_by_leaders` makes of them.
+    """
+    similarity, match = np.full(len(removed), -math.inf, np.float32), np.full(len(removed), -1)
+    deciding = pairs[~removed[pairs[:, 0]] & removed[pairs[:, 1]]]
+    for start in range(0, len(deciding), BLOCK):
+        before, after = deciding[start : start + BLOCK].T
+        rows_ND, leaders_ND = (unit_rows(embeddings, rows, device) for rows in (after, before))
+        cosine = (rows_ND * leaders_ND).sum(dim=1).float().cpu().numpy()
+        for row, leader, value in zip(after.tolist(), before.tolist(), cosine, strict=True):
+            if value > similarity[row]:  # pairs come in the order of the rows before: of equals the first stays
+                similarity[row], match[row] = value, leader
+    return Nearest(similarity=similarity, match=match)
+
+
 def check_eps(eps: float) -> None:
     """Refuses an eps that cannot be meant.
 

@@ -26,7 +26,7 @@ from vlm_train.assets import cache_dir
 from vlm_train.data.files import StorageOptions
 from vlm_train.data.formats import base, choose
 from vlm_train.data.home import ENDINGS, INDEX, Entry, Home, append, file_in, name_in, write_whole
-from vlm_train.data.manifest import Manifest
+from vlm_train.data.manifest import Manifest, to_parquet
 from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.patterns import expand_shards
 from vlm_train.data.storage import Stat, open_file, stat_files
@@ -92,7 +92,7 @@ def _up_to_date(folder: str, shards: list[str], progress: Progress | None, optio
             return home
     path = _writable(folder)
     try:
-        with _lock(path):
+        with locked(path, "waiting for another process that is indexing `%s`"):
             home = _made_current(path, stats, progress or (lambda done, total: None), options)
     except OSError as error:
         raise DataError(
@@ -177,12 +177,15 @@ def _writable(folder: str) -> Path:
 
 
 @contextlib.contextmanager
-def _lock(home: Path) -> Iterator[None]:
+def locked(home: Path, waiting: str | None = None) -> Iterator[None]:
+    """Holds a manifest's folder for this process, so that none undoes what another wrote. `waiting`: what is told where
+    another holds it, of its shards' folder."""
     with open(home / ".lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that is indexing `%s`", home.parent)
+            if waiting is not None:
+                log.info(waiting, home.parent)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file lets go of the lock
 
@@ -194,9 +197,7 @@ def _write_part(home: Path, options: StorageOptions | None, item: tuple[str, boo
     index = index_shard(shard, options)
     part = file_in(home, name_in(shard), "parquet")
     table = _keep_columns(index.table(), part, ["key", "width", "height", "caption_hash"] if is_former else ["uid"])
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    files = {"parquet": sink.getvalue().to_pybytes()}
+    files = {"parquet": bytes(to_parquet(table))}
     if index.errors:
         files["errors"] = "".join(json.dumps(error) + "\n" for error in index.errors).encode()
         log.warning("%s: %d samples left out, first %s", shown(shard), len(index.errors), index.errors[0])

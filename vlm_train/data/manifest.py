@@ -141,7 +141,10 @@ def read_part(part: Path, content: str, columns: Sequence[str] | None = None) ->
             names = file.schema_arrow.names
             wanted = [name for name in names if columns is None or name in columns]
             table = file.read(columns=list({*wanted, "uid"}))
-        found = hashlib.sha256(_packed(table["uid"])).hexdigest()
+        uids = table["uid"].cast(pa.binary(16))  # other tools may have written it as a column of any bytes
+        if uids.null_count:
+            raise ValueError("a row without a uid")
+        found = hashlib.sha256(packed(uids)).hexdigest()
         for name in SCHEMA.names if columns is None else [name for name in columns if name in SCHEMA.names]:
             place = table.column_names.index(name)
             if table[place].type != SCHEMA.field(name).type:
@@ -151,6 +154,13 @@ def read_part(part: Path, content: str, columns: Sequence[str] | None = None) ->
     if found != content:
         raise damaged(part, "the rows of other samples")
     return table.select(wanted)
+
+
+def to_parquet(table: pa.Table) -> memoryview:
+    """A table as all of ours are written: compressed, with a checksum of each page."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return memoryview(sink.getvalue())
 
 
 def damaged(file: Path, got: object) -> DataError:
@@ -163,12 +173,10 @@ def damaged(file: Path, got: object) -> DataError:
     )
 
 
-def _packed(uids: pa.ChunkedArray) -> Any:
-    """The bytes of a column of uids, one after the other; other tools may have written it as a column of any bytes."""
-    chunk = uids.cast(pa.binary(16)).combine_chunks()
-    if chunk.null_count:
-        raise ValueError("a row without a uid")
-    return memoryview(chunk.buffers()[1])[16 * chunk.offset : 16 * (chunk.offset + len(chunk))]
+def packed(column: pa.ChunkedArray) -> memoryview:
+    """The values of a column of so many bytes each, without null, one after the other."""
+    chunk, size = column.combine_chunks(), column.type.byte_width
+    return memoryview(chunk.buffers()[1])[size * chunk.offset : size * (chunk.offset + len(chunk))]
 
 
 def _errors(path: Path, num_errors: int) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from vlm_train.data import row_folder
 from vlm_train.data.home import write_whole
+from vlm_train.data.manifest import to_parquet
 from vlm_train.errors import DataError
 
 ORIGINAL = "original"
@@ -154,9 +155,7 @@ def write_part(path: Path, rows: Sequence[tuple[bytes, Sequence[Caption]]], fact
     ]
     told = SCHEMA.with_metadata({_FACTS: json.dumps(facts, sort_keys=True).encode()})
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, schema=told), sink, compression="zstd", write_page_checksum=True)
-    write_whole(path, sink.getvalue().to_pybytes())
+    write_whole(path, to_parquet(pa.table(arrays, schema=told)))
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:

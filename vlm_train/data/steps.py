@@ -207,8 +207,7 @@ class TrainSteps(StreamSteps):
             problem = self._put(draft, place, sample, visit)
             if problem is None:
                 return {**report, "replaced_by": candidate}
-            reason = problem.reason if isinstance(problem, SampleError) else "unreadable"
-            reasons[reason] += 1
+            reasons[reason := _reason(problem)] += 1
             if reason == "shard_unreadable":
                 candidates.skip_shard()
         raise DataError(
@@ -253,8 +252,12 @@ class EvalSteps(Steps):
 def report_of(source: Source, row: int, error: DataError) -> dict[str, Any]:
     """The line of data_errors.jsonl for a sample that cannot be used."""
     shard, key = source.locate(row)
-    reason, detail = (error.reason, error.detail) if isinstance(error, SampleError) else ("unreadable", str(error))
-    return {"shard": shard, "key": key, "row": row, "reason": reason, "detail": detail[:200], "replaced_by": None}
+    detail = (error.detail if isinstance(error, SampleError) else str(error))[:200]
+    return {"shard": shard, "key": key, "row": row, "reason": _reason(error), "detail": detail, "replaced_by": None}
+
+
+def _reason(error: DataError) -> str:
+    return error.reason if isinstance(error, SampleError) else "unreadable"
 
 
 def mixture_of(ingredients: Sequence[Ingredient], spec: StreamSpec) -> Mixture:

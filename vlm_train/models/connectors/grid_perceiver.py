@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.connectors.base import Connector, require_counts
-from vlm_train.models.connectors.perceiver import GatedMLP, PerceiverBlock, RMSNorm
+from vlm_train.models.connectors.perceiver import ProjectedPerceiver, RMSNorm
 from vlm_train.models.connectors.resampler import QueryResampler
 
 _LONGEST = 20.0  # patches to a radian, of the slowest wave
 
 
-class GridPerceiverConnector(Connector):
+class GridPerceiverConnector(ProjectedPerceiver):
     """Patches through a gated MLP to the language model's width, normalised, with their places; then a perceiver.
 
     Args:
@@ -41,6 +40,8 @@ class GridPerceiverConnector(Connector):
         ConfigError: no latent, layer or head, heads that cannot be shared evenly, or numbers that make no grid.
     """
 
+    places: Tensor
+
     def __init__(
         self,
         *,
@@ -54,32 +55,30 @@ class GridPerceiverConnector(Connector):
         num_kv_heads: int = 4,
         mlp_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        counts = {"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads}
-        require_counts({"num_latents": num_latents, "num_layers": num_layers, **counts})
-        self.side, latent_side = _side("num_patches", num_patches), _side("num_latents", num_latents)
-        if out_dim % 4:
-            raise ConfigError("places take a quarter of the width for each wave", got=f"width {out_dim}",
-                              allowed="a multiple of 4", remedy="another language model")  # fmt: skip
-        self.num_patches, self.num_tokens = num_patches, num_latents
-        mlp_dim = 4 * out_dim if mlp_dim is None else mlp_dim
-        self.project = GatedMLP(in_dim=in_dim, mlp_dim=mlp_dim, out_dim=out_dim, std=mlp_dim**-0.5)
-        self.resampler = GridResampler(
-            latent_side,
-            self.side,
-            width=out_dim,
-            blocks=[PerceiverBlock(width=out_dim, depth=num_layers, **counts) for _ in range(num_layers)],
+        super().__init__(
+            in_dim=in_dim,
+            out_dim=out_dim,
+            num_patches=num_patches,
+            num_latents=num_latents,
+            num_layers=num_layers,
+            heads={"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads},
+            mlp_dim=mlp_dim,
+            resampler=lambda blocks: GridResampler(
+                _side("num_latents", num_latents), _side("num_patches", num_patches), width=out_dim, blocks=blocks
+            ),
         )
+        self.side = _side("num_patches", num_patches)
+        self.register_buffer("places", torch.empty(num_patches, out_dim), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills the buffer; it is in no checkpoint, so it must be filled again after a meta build."""
+        self.places.copy_(places(self.side, self.side, self.places.shape[-1], self.places.device))
 
     def forward(self, x_NPD: Tensor) -> Tensor:
         """[N, P, Dv] -> [N, num_latents, D]."""
         x_NPD = self.project(x_NPD)
-        places_PD = places(self.side, self.side, x_NPD.shape[-1], x_NPD.device).to(x_NPD.dtype)
-        return self.resampler(F.rms_norm(x_NPD, x_NPD.shape[-1:]) + places_PD)
-
-    def forward_flops(self) -> float:
-        """Forward FLOPs of one image."""
-        return self.project.forward_flops(self.num_patches) + self.resampler.forward_flops(self.num_patches)
+        return self.resampler(F.rms_norm(x_NPD, x_NPD.shape[-1:]) + self.places.to(x_NPD.dtype))
 
 
 class GridResampler(QueryResampler):
@@ -90,14 +89,20 @@ class GridResampler(QueryResampler):
         full: side of the grid of what they read.
         width: D of both.
         blocks: the layers.
+
+    Raises:
+        ConfigError: a width that has no room for the waves.
     """
 
-    def __init__(self, side: int, full: int, *, width: int, blocks: list[PerceiverBlock]) -> None:
+    def __init__(self, side: int, full: int, *, width: int, blocks: list[nn.Module]) -> None:
+        if width % 4:
+            raise ConfigError("places take a quarter of the width for each wave", got=f"width {width}",
+                              allowed="a multiple of 4", remedy="another language model")  # fmt: skip
         self.side, self.full = side, full
         super().__init__(
             num_queries=side**2,
             width=width,
-            blocks=list[nn.Module](blocks),
+            blocks=blocks,
             mean=0.0,
             std=0.3,
             norm_last=RMSNorm(width),

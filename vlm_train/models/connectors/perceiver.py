@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +83,54 @@ class PerceiverBlock(nn.Module):
         return attention + self.mlp.forward_flops(num_queries)
 
 
-class PerceiverConnector(Connector):
+class ProjectedPerceiver(Connector):
+    """What perceivers share: patches through a gated MLP to the language model's width, where latents read them.
+
+    Args:
+        in_dim: Dv, width of the patches.
+        out_dim: D, width of the language model.
+        num_patches: P of one image.
+        num_latents: tokens that an image becomes.
+        num_layers: blocks of the resampler.
+        heads: `num_heads`, `head_dim` and `num_kv_heads` of a block.
+        mlp_dim: hidden width of the projection, 4 * `out_dim` where None.
+        resampler: makes it of its blocks.
+
+    Raises:
+        ConfigError: no latent, layer or head, or heads that cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        num_patches: int,
+        num_latents: int,
+        num_layers: int,
+        heads: Mapping[str, int],
+        mlp_dim: int | None,
+        resampler: Callable[[list[nn.Module]], QueryResampler],
+    ) -> None:
+        super().__init__()
+        require_counts({"num_latents": num_latents, "num_layers": num_layers, **heads})
+        self.num_patches, self.num_tokens = num_patches, num_latents
+        mlp_dim = 4 * out_dim if mlp_dim is None else mlp_dim
+        self.project = GatedMLP(in_dim=in_dim, mlp_dim=mlp_dim, out_dim=out_dim, std=mlp_dim**-0.5)
+        self.resampler = resampler(
+            [PerceiverBlock(width=out_dim, depth=num_layers, **heads) for _ in range(num_layers)]
+        )
+
+    def forward(self, x_NPD: Tensor) -> Tensor:
+        """[N, P, Dv] -> [N, num_latents, D]."""
+        return self.resampler(self.project(x_NPD))
+
+    def forward_flops(self) -> float:
+        """Forward FLOPs of one image."""
+        return self.project.forward_flops(self.num_patches) + self.resampler.forward_flops(self.num_patches)
+
+
+class PerceiverConnector(ProjectedPerceiver):
     """Patches through a gated MLP to the language model's width, where `num_latents` latents read them.
 
     Args:
@@ -116,25 +165,20 @@ class PerceiverConnector(Connector):
         mlp_dim: int | None = None,
         latent_std: float = 1.0,
     ) -> None:
-        super().__init__()
-        counts = {"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads}
-        require_counts({"num_latents": num_latents, "num_layers": num_layers, **counts})
-        self.num_patches, self.num_tokens = num_patches, num_latents
-        mlp_dim = 4 * out_dim if mlp_dim is None else mlp_dim
-        self.project = GatedMLP(in_dim=in_dim, mlp_dim=mlp_dim, out_dim=out_dim, std=mlp_dim**-0.5)
-        self.resampler = QueryResampler(
-            num_queries=num_latents,
-            width=out_dim,
-            blocks=[PerceiverBlock(width=out_dim, depth=num_layers, **counts) for _ in range(num_layers)],
-            mean=1.0,
-            std=latent_std,
-            norm_last=RMSNorm(out_dim),
+        super().__init__(
+            in_dim=in_dim,
+            out_dim=out_dim,
+            num_patches=num_patches,
+            num_latents=num_latents,
+            num_layers=num_layers,
+            heads={"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads},
+            mlp_dim=mlp_dim,
+            resampler=lambda blocks: QueryResampler(
+                num_queries=num_latents,
+                width=out_dim,
+                blocks=blocks,
+                mean=1.0,
+                std=latent_std,
+                norm_last=RMSNorm(out_dim),
+            ),
         )
-
-    def forward(self, x_NPD: Tensor) -> Tensor:
-        """[N, P, Dv] -> [N, num_latents, D]."""
-        return self.resampler(self.project(x_NPD))
-
-    def forward_flops(self) -> float:
-        """Forward FLOPs of one image."""
-        return self.project.forward_flops(self.num_patches) + self.resampler.forward_flops(self.num_patches)
