@@ -1,14 +1,15 @@
 """Near copies that were planted are found, semantic deduplication decides as its rule says, and borders hide nothing.
 
-    python scripts/proof/dedup.py          a minute on one core: 200 pictures, 5,000 and 20,000 embeddings
-    python scripts/proof/dedup.py --full   1,000 pictures, 20,000 and 100,000 embeddings: five minutes
+    python scripts/proof/dedup.py          40 seconds on two cores: 200 pictures, 5,000 and 20,000 embeddings
+    python scripts/proof/dedup.py --full   two minutes: 1,000 pictures, 20,000 and 100,000 embeddings
 
 Planted: scenes and openmoji drawings (those that have no near copy among themselves) at 192 pixels, each with copies at
 0.5 to 0.9 of the size, as JPEGs of quality 30 to 90, cropped by up to a tenth, with a box over a tenth, and mirrored.
 Recall is the share of copies that count as copies of theirs; a mirrored picture is another one, and the control.
 Precision is the share of what is dropped whose kept picture is the right one; its control looks at no colours. Cropped
-and covered copies are printed for what they are: the fingerprints of whole pictures are not made for them. Drawings of
-flat colours on white have many frequencies that are all but 0, whose bits any change turns; so their bar is 0.9.
+and covered copies are printed for what they are: the fingerprints of whole pictures are not made for them. The rows of
+openmoji do not hold yet: drawings of flat colours on white have many frequencies that are all but 0, whose bits any
+change turns, and many differ by an expression or a shade alone.
 
 Embeddings of topics, a tenth of them between two topics and copied there twice, the copy from the copy, each time
 towards the second topic: near pairs lie across borders, and chains of them have ends that are not near. Brute force
@@ -42,7 +43,6 @@ from vlm_train.data.scenes.make import make_scenes
 from vlm_train.data.writer import DatasetWriter
 
 DIM = 256
-LEAST_RECALL = {"scenes": 0.99, "openmoji": 0.9}
 EPS = (0.001, 0.01, 0.03, 0.1)
 NEAR = (0.03, 0.05)
 BLOCK = 1024
@@ -54,7 +54,7 @@ Cosines = NDArray[np.float64]
 def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__.splitlines()[0], argv)
     decided, paired = (20_000, 100_000) if options.full else (5_000, 20_000)
-    planted = [row for source in LEAST_RECALL for row in planted_rows(source, 1000 if options.full else 200)]
+    planted = [row for source in ("scenes", "openmoji") for row in planted_rows(source, 1000 if options.full else 200)]
     return report([*planted, *decision_rows(decided), *recall_rows(paired)], options.json)
 
 
@@ -80,7 +80,7 @@ def planted_rows(source: str, num: int) -> list[Row]:
     print(f"{source}: share found of " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in recall.items()))
     of = f"{len(pictures)} {source}"
     rows = [
-        Row(claim=f"share found of copies {kind}, {of}", value=recall[kind], bar=LEAST_RECALL[source], sense=">=",
+        Row(claim=f"share found of copies {kind}, {of}", value=recall[kind], bar=0.99, sense=">=",
             control=recall["mirrored"])
         for kind in ("resized", "recompressed")
     ]  # fmt: skip
