@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "proof"))
 from _table import Row, arguments, report
 
 from vlm_train.curation import hamming, hamming_passes, hamming_scan
-from vlm_train.curation.columns import add_fingerprints
+from vlm_train.curation.columns import FINGERPRINT, add_columns
+from vlm_train.curation.engines import Local
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.writer import DatasetWriter
 
@@ -98,7 +99,7 @@ def hash_all(folder: Path) -> float:
     shutil.rmtree(folder / "data" / "train" / "_manifest", ignore_errors=True)
     manifest = open_manifest(str(folder / "data" / "train"))
     start = time.process_time()
-    add_fingerprints(manifest, num_workers=1)
+    add_columns(manifest, FINGERPRINT, engine=Local(num_workers=1))
     return len(manifest) / (time.process_time() - start)
 
 

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm_train.curation import near
-from vlm_train.curation.columns import add_fingerprints
+from vlm_train.curation.columns import FINGERPRINT, add_columns
+from vlm_train.curation.engines import Local
 from vlm_train.curation.kmeans import Clusters, spherical
 from vlm_train.curation.near import Copies, find_copies
 from vlm_train.curation.semantic import nearest_of, pairs_of, removed_by_leaders
@@ -71,7 +72,7 @@ def planted_rows(source: str, num: int) -> list[Row]:
                     writer.add("train", f"{number:05d}-{kind}", parts)
             writer.finish(num_errors=0, facts={})
         manifest = open_manifest(str(folder / "planted" / "train"))
-        add_fingerprints(manifest, num_workers=1)
+        add_columns(manifest, FINGERPRINT, engine=Local(num_workers=1))
         keys = manifest.table(["key"])["key"].to_pylist()
         recall, precision = judged(keys, find_copies(manifest))
         near.COLOUR_TOLERANCE, tolerance = 255, near.COLOUR_TOLERANCE
@@ -105,7 +106,7 @@ def distinct_pictures(source: str, folder: Path, num: int) -> list[Image.Image]:
     else:
         import_openmoji(folder / source, size=192)
     manifest = open_manifest(str(folder / source / "train"))
-    add_fingerprints(manifest, num_workers=1)
+    add_columns(manifest, FINGERPRINT, engine=Local(num_workers=1))
     gallery = ShardGallery(shards=str(folder / source / "train"))
     rows = np.flatnonzero(find_copies(manifest).is_kept)
     rows = np.random.default_rng(0).permutation(rows)[:num]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 from PIL import Image
 
 from vlm_train.cli.main import main
-from vlm_train.curation import columns, fingerprints
+from vlm_train.curation import columns
+from vlm_train.curation.engines import Local
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.selection import Selection
@@ -56,7 +58,8 @@ def encoded(pixels: np.ndarray) -> bytes:
 def written(shards: Path, out: Path) -> dict[str, bytes]:
     """All that the command leaves, byte for byte."""
     parts = sorted((shards / "_manifest").glob("*.parquet"))
-    return {path.name: path.read_bytes() for path in [*parts, *sorted(out.iterdir())]}
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return {path.name: path.read_bytes() for path in [*parts, *files]}
 
 
 def fresh(data: Path, folder: Path) -> Path:
@@ -71,18 +74,18 @@ def test_copies_are_dropped_and_named(data: Path, tmp_path: Path, capsys: pytest
     told, manifest = capsys.readouterr().out, open_manifest(str(shards))
     num = len(manifest)
     selection = Selection.load(out, manifest.fingerprint)
-    facts = selection.provenance["duplicates"]["num_dropped"]
+    facts = selection.provenance["steps"][0]["num_dropped"]
     assert facts["exact"] == NUM_COPIES and NUM_COPIES - 2 <= facts["near"] <= NUM_COPIES  # measured: 39
     assert f"{num - sum(facts.values())} of {num} samples are kept" in told and f"data.selection={out}" in told
     keys = manifest.table(["key"])["key"].to_pylist()
     key_of = dict(zip(manifest.uids().tobytes().hex("-", 16).split("-"), keys, strict=True))
-    rows = pq.read_table(out / "duplicates.parquet").to_pylist()
+    rows = pq.read_table(out / "dropped.parquet").to_pylist()
     first = num - 1 - 2 * NUM_COPIES
     for row in rows:
-        number, of = (int(key_of[row[name].hex()]) for name in ("uid", "duplicate_of"))
+        number, of = (int(key_of[row[name].hex()]) for name in ("uid", "like"))
         scene = (number - first) % NUM_COPIES if number >= first else number
         assert of in (scene, first + scene)  # the largest: not one of the smaller ones
-        assert row["rule"] == ("near" if number >= first + NUM_COPIES else "exact") and row["cosine"] is None
+        assert row["rule"] == ("near" if number >= first + NUM_COPIES else "exact") and row["step"] == "copies"
     quality = manifest.table(["quality"])["quality"].to_pylist()
     assert quality[-1] is None and selection.mask()[-1]  # it does not decode, which is for `verify` to say
     assert None not in quality[:-1]
@@ -116,20 +119,18 @@ def test_any_workers_and_any_kills_leave_the_same_bytes(data: Path, tmp_path: Pa
 
 def num_finished(shards: Path) -> int:
     """Parts that have fingerprints."""
-    return sum(columns.has_fingerprints(part) for part in (shards / "_manifest").glob("*.parquet"))
+    return sum(columns.has_columns(part, columns.FINGERPRINT) for part in (shards / "_manifest").glob("*.parquet"))
 
 
-def test_a_new_version_of_fingerprints_is_made_anew(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_version_of_fingerprints_is_made_anew(data: Path, tmp_path: Path) -> None:
     shards = fresh(data, tmp_path / "shards")
     manifest = open_manifest(str(shards))
-    columns.add_fingerprints(manifest, num_workers=1)
+    columns.add_columns(manifest, columns.FINGERPRINT, engine=Local(num_workers=1))
     before = [part.stat().st_mtime_ns for part in manifest.parts]
-    columns.add_fingerprints(manifest, num_workers=1)
+    columns.add_columns(manifest, columns.FINGERPRINT, engine=Local(num_workers=1))
     assert [part.stat().st_mtime_ns for part in manifest.parts] == before
-    monkeypatch.setattr(fingerprints, "VERSION", "0")
-    columns.add_fingerprints(manifest, num_workers=1)
+    newer = replace(columns.FINGERPRINT, version="0")
+    columns.add_columns(manifest, newer, engine=Local(num_workers=1))
     after = [part.stat().st_mtime_ns for part in manifest.parts]
     assert all(old < new for old, new in zip(before, after, strict=True))
     assert open_manifest(str(shards)).fingerprint == manifest.fingerprint
@@ -151,11 +152,13 @@ def test_a_model_drops_what_means_the_same_and_training_takes_it(
         facts = json.loads((tmp_path / name / "provenance.json").read_text())
         kept[name] = facts["num_kept"]
         assert f"{kept[name]} of {num} samples are kept" in told
-        rows = [row for row in pq.read_table(tmp_path / name / "duplicates.parquet").to_pylist() if row["cosine"]]
-        assert len(rows) == facts["duplicates"]["num_dropped"].get("semantic", 0)
-        assert all(row["cosine"] > 1 - facts["duplicates"]["semantic"]["eps"] for row in rows)
+        rows = [
+            row for row in pq.read_table(tmp_path / name / "dropped.parquet").to_pylist() if row["rule"] == "semantic"
+        ]
+        assert len(rows) == facts["steps"][1]["num_dropped"].get("semantic", 0)
+        assert all(row["value"] > 1 - facts["steps"][1]["settings"]["eps"] for row in rows)
         dropped = {row["uid"] for row in rows}
-        of_dropped[name] = sum(row["duplicate_of"] in dropped for row in rows)
+        of_dropped[name] = sum(row["like"] in dropped for row in rows)
     assert of_dropped["leader"] == 0 < of_dropped["paper"]
     assert kept["paper"] <= kept["leader"] < kept["fine"] <= num - 2 * NUM_COPIES + 2
     words = _runs.train_words(scenes, "run.dir=after", f"data.train.shards={data}", "data.selection=fine", *few)

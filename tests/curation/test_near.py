@@ -14,7 +14,8 @@ from PIL import Image
 
 from vlm_train.curation import near
 from vlm_train.curation.clusters import components
-from vlm_train.curation.columns import add_fingerprints
+from vlm_train.curation.columns import FINGERPRINT, add_columns
+from vlm_train.curation.engines import Local
 from vlm_train.curation.near import COLOUR_TOLERANCE, LEAST_QUALITY, PDQ_RADIUS, Copies, find_copies
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.indexing import open_manifest
@@ -172,7 +173,7 @@ def test_planted_copies_are_found_and_nothing_else_is(tmp_path: Path) -> None:
                 writer.add("train", key, {"jpg" if kind == "jpeg" else "png": content, "txt": key.encode()})
         writer.finish(num_errors=0, facts={})
     manifest = open_manifest(str(tmp_path / "all" / "train"))
-    add_fingerprints(manifest, num_workers=1)
+    add_columns(manifest, FINGERPRINT, engine=Local(num_workers=1))
     keys = manifest.table(["key"])["key"].to_pylist()
     found = find_copies(manifest)
     dropped = np.flatnonzero(~found.is_kept)

@@ -54,8 +54,7 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
        vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
            tars to one FFCV file, or anything to tars
        vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--selection DIR] [--num-workers 2]
-                                        [--run RUN --eps 0.01 [--rule leader|paper] [--checkpoint PATH]
-                                        [--device NAME]]
+                                        [--run RUN --eps 0.01 [--rule leader|paper] [--device NAME]]
            a selection without samples whose image is a copy of another's, byte for byte or by its looks; with a run
            also without those whose cosine with another is above 1 - eps (SemDeDup)
        vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]

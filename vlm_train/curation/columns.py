@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_train.curation import fingerprints
+from vlm_train.curation.engines import Engine
 from vlm_train.data.decode import SampleError
 from vlm_train.data.home import write_whole
 from vlm_train.data.indexing import locked
 from vlm_train.data.manifest import Manifest, read_part, to_parquet
-from vlm_train.data.parallel import map_in_processes
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 
@@ -30,60 +30,84 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 256  # samples whose bytes are held at a time
 _VERSION = b"vlm_train"  # of the values of a column, in the metadata of its field
-FINGERPRINT = (
-    pa.field("phash", pa.uint64()),
-    pa.field("pdq", pa.binary(32)),
-    pa.field("quality", pa.int32()),
-    pa.field("colours", pa.binary(fingerprints.COLOUR_BYTES)),
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns that are found together. `of`: a function of a module, of the parts of a sample to the values by the
+    names of the fields; a field that it leaves out, and all of a sample of which it raises SampleError, are null.
+    `version`: of the values; those of another are found anew."""
+
+    fields: tuple[pa.Field, ...]
+    version: str
+    of: Callable[[Mapping[str, bytes]], Mapping[str, Any]]
+
+
+def _looks(parts: Mapping[str, bytes]) -> Mapping[str, Any]:
+    return fingerprints.fingerprint(parts)._asdict()
+
+
+FINGERPRINT = Columns(
+    (
+        pa.field("phash", pa.uint64()),
+        pa.field("pdq", pa.binary(32)),
+        pa.field("quality", pa.int32()),
+        pa.field("colours", pa.binary(fingerprints.COLOUR_BYTES)),
+    ),
+    fingerprints.VERSION,
+    _looks,
 )
 """The columns of `fingerprints.Fingerprint`; null of a sample without a picture, or of one that does not decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A shard whose part has no fingerprints yet. `content`: the hash of its rows; `part`: where these stand."""
+    """A shard whose part lacks columns. `content`: the hash of its rows; `part`: where these stand."""
 
     shard: str
     content: str
     part: Path
+    columns: Columns
 
 
-def add_fingerprints(manifest: Manifest, *, num_workers: int | None = None, progress: Progress | None = None) -> None:
-    """Gives each part of a manifest the columns `FINGERPRINT`, where it has them not.
+def add_columns(manifest: Manifest, columns: Columns, *, engine: Engine, progress: Progress | None = None) -> None:
+    """Gives each part of a manifest the columns, where it has them not.
 
     Args:
-        manifest: its shards are read and decoded.
-        num_workers: processes; None is one for each core.
+        manifest: its shards are read.
+        columns: what is found.
+        engine: where.
         progress: see `Progress`.
 
     Raises:
         DataError: a part is damaged or cannot be written, or a shard cannot be had; its parts so far stay.
     """
     facts = list(zip(manifest.shards, manifest.entries_of, manifest.parts, strict=True))
-    stale = [_Part(shard, entry["content"], part) for shard, entry, part in facts if not has_fingerprints(part)]
+    stale = [
+        _Part(shard, entry["content"], part, columns) for shard, entry, part in facts if not has_columns(part, columns)
+    ]
     sizes = {shard: entry["num_samples"] for shard, entry, _ in facts}
     done = len(manifest) - sum(sizes[item.shard] for item in stale)
-    for item, _ in zip(stale, map_in_processes(_write, stale, num_workers=num_workers, chunk_size=1), strict=True):
+    for item, _ in zip(stale, engine.map(_write, stale), strict=True):
         done += sizes[item.shard]
         if progress is not None:
             progress(done, len(manifest))
 
 
-def has_fingerprints(part: Path) -> bool:
+def has_columns(part: Path, columns: Columns) -> bool:
     """Whether a part has the columns, in the values of today."""
     try:
         schema = pq.read_schema(part)
     except (OSError, pa.ArrowException):
         return False  # who reads it says what is wrong
-    return all(_is_current(schema, field) for field in FINGERPRINT)
+    return all(_is_current(schema, field, columns.version) for field in columns.fields)
 
 
-def _is_current(schema: pa.Schema, field: pa.Field) -> bool:
+def _is_current(schema: pa.Schema, field: pa.Field, version: str) -> bool:
     if field.name not in schema.names:
         return False
     found = schema.field(field.name)
-    version = (found.metadata or {}).get(_VERSION)
-    return found.type == field.type and version == fingerprints.VERSION.encode()
+    return found.type == field.type and (found.metadata or {}).get(_VERSION) == version.encode()
 
 
 def _write(item: _Part) -> None:
@@ -91,36 +115,36 @@ def _write(item: _Part) -> None:
     source = ShardSource(shards=item.shard)
     if source.manifest.entries_of[0]["content"] != item.content:
         raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
-    found: dict[str, list[Any]] = {field.name: [] for field in FINGERPRINT}
+    found: dict[str, list[Any]] = {field.name: [] for field in item.columns.fields}
     for start in range(0, len(source), _CHUNK):
         for sample in source.read(np.arange(start, min(start + _CHUNK, len(source)))):
-            values = _values(sample)
+            values = _values(sample, item.columns)
             for name, column in found.items():
                 column.append(values.get(name))
     try:
         with locked(item.part.parent):
-            write_whole(item.part, _with_columns(read_part(item.part, item.content), found))
+            write_whole(item.part, _with_columns(read_part(item.part, item.content), item.columns, found))
     except OSError as error:
         raise DataError(f"`{item.part}` cannot be written", got=error, allowed="a manifest that can be written",
                         remedy="make room in its folder, or make it writable") from error  # fmt: skip
 
 
-def _with_columns(table: pa.Table, found: Mapping[str, list[Any]]) -> memoryview:
+def _with_columns(table: pa.Table, columns: Columns, found: Mapping[str, list[Any]]) -> memoryview:
     """A part with these columns behind its own, in Parquet."""
-    for field in FINGERPRINT:
-        told = field.with_metadata({_VERSION: fingerprints.VERSION})
+    for field in columns.fields:
+        told = field.with_metadata({_VERSION: columns.version})
         if field.name in table.column_names:
             table = table.drop_columns([field.name])
         table = table.append_column(told, pa.array(found[field.name], field.type))
     return to_parquet(table)
 
 
-def _values(sample: Any) -> Mapping[str, Any]:
-    """Empty of a sample that has no picture that decodes. Raises DataError where its shard cannot be read at all."""
+def _values(sample: Any, columns: Columns) -> Mapping[str, Any]:
+    """Empty of a sample that nothing can be said of. Raises DataError where its shard cannot be read at all."""
     try:
         if isinstance(sample, SampleError):
             raise sample
-        return fingerprints.fingerprint(sample.parts)._asdict()
+        return columns.of(sample.parts)
     except SampleError as error:
         if error.reason == "shard_unreadable":  # it may be there again tomorrow: nothing is to be kept of today
             raise DataError("a shard cannot be read", got=error.detail, remedy="restore it, and start again") from error

@@ -1,0 +1,165 @@
+"""A chain of steps, each of which drops rows among those that the ones before it keep, and the folder that tells of it.
+
+    selection.npy, provenance.json   as any (`data.selection`); of each step its settings, what it dropped and found
+    dropped.parquet                  of each dropped row: uid, step, rule, like (uid of the row for which it went, where
+                                     it is there twice), value (what the rule looked at, in the rule's unit)
+    steps/NAME.parquet               what one step dropped, so that a killed chain goes on behind the last whole step;
+                                     and so does one whose later steps have other settings
+
+A step looks at the manifest's columns, at the rows that are still kept, and at its settings. How many processes work,
+where, and how often they were killed changes no byte of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vlm_train.curation.embeddings import Models
+from vlm_train.curation.engines import Engine
+from vlm_train.data.home import write_whole
+from vlm_train.data.manifest import Manifest, to_parquet
+from vlm_train.data.selection import Selection
+
+FILE = "dropped.parquet"
+STEPS = "steps"
+_STAMP, _FACTS = b"vlm_train stamp", b"vlm_train facts"
+
+Settings = dict[str, Any]
+Ticking = Callable[[str], Callable[[int, int], None]]
+"""Of what is counted (`samples`), what to call with (done, in all)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """The rows that a step drops, M of them, each once, in any order.
+
+    `rows` int64 [M]; `rules`: [M], by which of the step's rules each goes; `like` int64 [M]: the row for which it goes,
+    -1 where there is none; `values` float64 [M]: what the rule looked at, NaN where there is nothing; `facts`: what
+    else is worth knowing, plain JSON, for provenance.json.
+    """
+
+    rows: NDArray[np.int64]
+    rules: NDArray[np.str_]
+    like: NDArray[np.int64]
+    values: NDArray[np.float64]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """With what a step works; nothing of it decides what is found.
+
+    `engine`: where functions of shards run; `num_threads`: of what runs in this process; `models`: what embeds;
+    `ticking`: how progress is told.
+    """
+
+    engine: Engine
+    num_threads: int
+    models: Models
+    ticking: Ticking
+
+
+class Step(Protocol):
+    """One step of a chain."""
+
+    def settings(self, work: Work) -> Settings:
+        """All that decides what it finds beside the rows: plain JSON, with versions and hashes of models. Raises
+        ConfigError for what cannot be meant."""
+
+    def find(self, manifest: Manifest, among: NDArray[np.bool_], work: Work) -> Found:
+        """What goes of the rows `among` [N]. Raises what the work raises."""
+
+
+def run_chain(
+    manifest: Manifest,
+    steps: Mapping[str, Step],
+    out: Path,
+    *,
+    work: Work,
+    among: Selection | None = None,
+) -> Selection:
+    """Runs the steps in their order and writes the folder, the selection last.
+
+    Args:
+        manifest: what the steps look at; they may add columns to its parts.
+        steps: by names of the user's, which name files too.
+        out: the folder.
+        work: see `Work`.
+        among: the rows to begin with; None is all.
+
+    Raises:
+        ConfigError, DataError: as the steps do.
+    """
+    kept = np.ones(len(manifest), bool) if among is None else among.mask()
+    told, tables = [], []
+    settings = {name: step.settings(work) for name, step in steps.items()}  # refused before any of them works
+    for name, step in steps.items():
+        num_before = int(kept.sum())
+        table = _whole(manifest, out / STEPS / f"{name}.parquet", kept, step, settings[name], work)
+        rows, facts = table["row"].to_numpy(), json.loads(table.schema.metadata[_FACTS])
+        kept[rows] = False
+        rules, counts = np.unique(table["rule"].to_numpy(zero_copy_only=False).astype(str), return_counts=True)
+        dropped = {str(rule): int(count) for rule, count in zip(rules, counts, strict=True)}
+        told.append(
+            {"step": name, "settings": settings[name], "num_before": num_before, "num_dropped": dropped, **facts}
+        )
+        tables.append(_named(manifest, table, name))
+    provenance = {"steps": told, "among": None if among is None else among.fingerprint}
+    selection = Selection.from_mask(kept, manifest=manifest.fingerprint, provenance=provenance)
+    write_whole(out / FILE, to_parquet(pa.concat_tables(tables)))
+    selection.save(out)
+    return selection
+
+
+def _whole(
+    manifest: Manifest, path: Path, kept: NDArray[np.bool_], step: Step, settings: Settings, work: Work
+) -> pa.Table:
+    """What the step drops: read where it has been found of the same rows with the same settings, else found."""
+    told = {"manifest": manifest.fingerprint, "among": Selection.from_mask(kept).fingerprint, "settings": settings}
+    stamp = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest().encode()
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if (file.schema_arrow.metadata or {}).get(_STAMP) == stamp:
+                return file.read()
+    except (OSError, pa.ArrowException):
+        pass  # not there, or not whole
+    found = step.find(manifest, kept.copy(), work)
+    order = np.argsort(found.rows, kind="stable")
+    columns = {
+        "row": pa.array(found.rows[order], pa.int64()),
+        "rule": pa.array(found.rules[order], pa.string()),
+        "like": pa.array(found.like[order], pa.int64()),
+        "value": pa.array(found.values[order], pa.float64(), from_pandas=True),
+    }
+    metadata = {_STAMP: stamp, _FACTS: json.dumps(found.facts, sort_keys=True).encode()}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, to_parquet(table))
+    return table
+
+
+def _named(manifest: Manifest, table: pa.Table, step: str) -> pa.Table:
+    """Rows as they are called outside: by uid."""
+    rows, like = table["row"].to_numpy(), table["like"].to_numpy()
+    columns = {
+        "uid": _uids(manifest.uids(rows)),
+        "step": pa.array([step] * len(rows), pa.string()),
+        "rule": table["rule"],
+        "like": pa.array(_uids(manifest.uids(np.maximum(like, 0))).to_pylist(), pa.binary(16), mask=like < 0),
+        "value": table["value"],
+    }
+    return pa.table(columns)
+
+
+def _uids(uids: NDArray[np.uint8]) -> pa.Array:
+    return pa.Array.from_buffers(pa.binary(16), len(uids), [None, pa.py_buffer(np.ascontiguousarray(uids))])
