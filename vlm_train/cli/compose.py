@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -27,32 +27,47 @@ from vlm_train.schema import Config, check, flatten
 
 def compose_config(words: Sequence[str], *, checked: bool = True) -> DictConfig:
     """The config that these command-line words describe. Raises ConfigError."""
-    given, extra = split_config_dir(words)
-    overrides = [read(word).input_line or word for word in given]
-    search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
-    try:
-        config = _compose([*search, *overrides])
-    except VlmError:
-        raise
-    except Exception as error:  # Hydra, OmegaConf and YAML raise whatever they like on what they did not expect
-        raise _explain(error, overrides, search) from error
+    config = composed(words, _training)
     if checked:
         check(config)
     return config
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def composed(words: Sequence[str], compose_root: Callable[[list[str]], DictConfig]) -> DictConfig:
+    """What `compose_root` composes of command-line words. Raises ConfigError."""
+    given, extra = split_config_dir(words)
+    overrides = [read(word).input_line or word for word in given]
+    search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
+    try:
+        return compose_root([*search, *overrides])
+    except VlmError:
+        raise
+    except Exception as error:  # Hydra, OmegaConf and YAML raise whatever they like on what they did not expect
+        raise _explain(error, overrides, search, compose_root) from error
+
+
+def _training(overrides: list[str]) -> DictConfig:
     OmegaConf.register_new_resolver("prior_logit", lambda num: -math.log(max(num - 1, 1)), replace=True)
-    ConfigStore.instance().store(name="base_config", node=Config)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        full = compose("train", overrides=overrides, return_hydra_config=True)
+    full = of_root("train", Config, overrides)
     choice = full.hydra.runtime.choices.get("experiment")
-    config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
+    config = own(full)
     if config.run.experiment is None:
         config.run.experiment = re.sub(r"\W+", "-", str(choice)).strip("-") if choice else "default"
     resolve(config)
     return config
+
+
+def of_root(name: str, schema: type, overrides: list[str]) -> DictConfig:
+    """conf/NAME.yaml with its groups and overrides, in the shape of a dataclass; and what Hydra says of itself."""
+    ConfigStore.instance().store(name="base_config", node=schema)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(name, overrides=overrides, return_hydra_config=True)
+
+
+def own(full: DictConfig) -> DictConfig:
+    """A composed config without what Hydra says of itself."""
+    return OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
 
 
 def resolve(config: DictConfig) -> None:
@@ -85,7 +100,9 @@ def _unresolved(node: Any, where: str = "") -> str | None:
     return None
 
 
-def _explain(error: Exception, overrides: list[str], search: list[str]) -> ConfigError:
+def _explain(
+    error: Exception, overrides: list[str], search: list[str], compose_root: Callable[[list[str]], DictConfig]
+) -> ConfigError:
     if isinstance(error, MissingConfigException) or "Could not find" in str(error):
         return _explain_choice(error)
     deleted = [word for word in overrides if word.startswith("~")]
@@ -100,7 +117,7 @@ def _explain(error: Exception, overrides: list[str], search: list[str]) -> Confi
             remedy="vlm-train configs list",
         )
     if _is_unknown_key(error):
-        return _explain_key(key, search + [word for word in overrides if is_group(word)])
+        return _explain_key(key, search + [word for word in overrides if is_group(word)], compose_root)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     return ConfigError(
         f"{key} cannot take this value: {_first_line(cause)}",
@@ -123,9 +140,9 @@ def _explain_choice(error: Exception) -> ConfigError:
     )
 
 
-def _explain_key(key: str, group_overrides: list[str]) -> ConfigError:
+def _explain_key(key: str, group_overrides: list[str], compose_root: Callable[[list[str]], DictConfig]) -> ConfigError:
     try:
-        config: Any = OmegaConf.to_container(_compose(group_overrides), resolve=False)
+        config: Any = OmegaConf.to_container(compose_root(group_overrides), resolve=False)
         known = list(flatten(config))
         parents = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
         close = nearest(key, [*known, *parents, *groups()])

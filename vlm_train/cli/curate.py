@@ -48,8 +48,9 @@ def write_selection(shards: Sequence[str], steps: Callable[[], Mapping[str, Step
         num_threads=workers or len(os.sched_getaffinity(0)),
         models=Runs(engine, store=out / "embeddings", device=options["--device"], ticking=Ticker),
         ticking=Ticker,
+        folder=out,
     )
-    selection = run_chain(manifest, chain, out, work=work, among=among)
+    selection = run_chain(manifest, chain, work=work, among=among)
     tell(selection.provenance["steps"], selection.content.num_kept(), len(manifest), out)
 
 

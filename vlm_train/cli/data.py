@@ -57,6 +57,9 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
                                         [--run RUN --eps 0.01 [--rule leader|paper] [--device NAME]]
            a selection without samples whose image is a copy of another's, byte for byte or by its looks; with a run
            also without those whose cosine with another is above 1 - eps (SemDeDup)
+       vlm-train data curate curation=RECIPE shards=SHARDS out=DIR [key=value] [--config-dir DIR]
+           a chain of such steps, of conf/curation/RECIPE.yaml or of your own folder, each on what the ones before it
+           keep; curation.steps.NAME.KEY=VALUE changes one, ~curation.steps.NAME leaves it out
        vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]
                                         [--num-workers 1]
            the samples in an order in which neighbours are alike to a trained model, for data.groups (hard negatives)
@@ -86,6 +89,7 @@ def main(words: list[str]) -> int:
         "make": _make,
         **shards.ACTIONS,
         "dedup": dedup.deduplicate,
+        "curate": _curate,
         **by_models,
     }
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0
@@ -161,6 +165,12 @@ def _import_llava(words: list[str]) -> None:
     (dialogues, out), options = arguments(words, {"JSON": local, "OUT": out_folder}, known)
     images, part = needed(options, "--images", "FOLDER"), options["--val-fraction"]
     _tell(import_llava(dialogues, images, out, val_fraction=part, progress=Ticker("dialogues")))
+
+
+def _curate(words: list[str]) -> None:
+    from vlm_train.cli import curation_config  # which imports Hydra
+
+    curation_config.main(words)
 
 
 def _make(words: list[str]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from vlm_train.curation.engines import Engine
 from vlm_train.data.home import write_whole
 from vlm_train.data.manifest import Manifest, to_parquet
 from vlm_train.data.selection import Selection
+from vlm_train.errors import ConfigError
 
 FILE = "dropped.parquet"
 STEPS = "steps"
@@ -60,13 +62,15 @@ class Work:
     """With what a step works; nothing of it decides what is found.
 
     `engine`: where functions of shards run; `num_threads`: of what runs in this process; `models`: what embeds;
-    `ticking`: how progress is told.
+    `ticking`: how progress is told; `folder`: that of the selection, which all processes of the engine can see, for
+    files that a step needs on its way.
     """
 
     engine: Engine
     num_threads: int
     models: Models
     ticking: Ticking
+    folder: Path
 
 
 class Step(Protocol):
@@ -83,23 +87,25 @@ class Step(Protocol):
 def run_chain(
     manifest: Manifest,
     steps: Mapping[str, Step],
-    out: Path,
     *,
     work: Work,
     among: Selection | None = None,
 ) -> Selection:
-    """Runs the steps in their order and writes the folder, the selection last.
+    """Runs the steps in their order and writes the folder of `work`, the selection last.
 
     Args:
         manifest: what the steps look at; they may add columns to its parts.
         steps: by names of the user's, which name files too.
-        out: the folder.
         work: see `Work`.
         among: the rows to begin with; None is all.
 
     Raises:
-        ConfigError, DataError: as the steps do.
+        ConfigError: a name that is no name of a file; and as the steps do.
+        DataError: as the steps do.
     """
+    if wrong := [name for name in steps if not re.fullmatch(r"\w[\w-]*", name)]:
+        raise ConfigError("a step cannot be called so", got=wrong[0], allowed="letters, digits, _ and -")
+    out = work.folder
     kept = np.ones(len(manifest), bool) if among is None else among.mask()
     told, tables = [], []
     settings = {name: step.settings(work) for name, step in steps.items()}  # refused before any of them works
@@ -110,14 +116,16 @@ def run_chain(
         kept[rows] = False
         rules, counts = np.unique(table["rule"].to_numpy(zero_copy_only=False).astype(str), return_counts=True)
         dropped = {str(rule): int(count) for rule, count in zip(rules, counts, strict=True)}
-        told.append(
-            {"step": name, "settings": settings[name], "num_before": num_before, "num_dropped": dropped, **facts}
-        )
+        told.append({"step": name, "settings": settings[name], "facts": facts, "num_before": num_before,
+                     "num_dropped": dropped})  # fmt: skip
         tables.append(_named(manifest, table, name))
     provenance = {"steps": told, "among": None if among is None else among.fingerprint}
     selection = Selection.from_mask(kept, manifest=manifest.fingerprint, provenance=provenance)
     write_whole(out / FILE, to_parquet(pa.concat_tables(tables)))
     selection.save(out)
+    for path in (out / STEPS).glob("*.parquet"):
+        if path.stem not in steps:
+            path.unlink()
     return selection
 
 

@@ -1,0 +1,76 @@
+"""`vlm-train data curate`: a chain of steps that a config describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from vlm_train.cli.compose import composed, of_root, own, resolve
+from vlm_train.cli.options import local, out_folder
+from vlm_train.errors import ConfigError
+from vlm_train.schema import plain
+from vlm_train.signatures import check_targets
+
+if TYPE_CHECKING:
+    from vlm_train.curation.chain import Step
+
+
+@dataclass
+class CurationConfig:
+    """What is done, and where."""
+
+    steps: dict[str, Any] = field(default_factory=dict)  # name -> step; they run in this order
+    engine: str = "local"
+    num_workers: int | None = None  # processes of this machine; null: one for each core
+
+
+@dataclass
+class CurateConfig:
+    """The root of every config of curation."""
+
+    curation: CurationConfig = field(default_factory=CurationConfig)
+    shards: Any = MISSING
+    out: str = MISSING
+    selection: str | None = None
+    device: str | None = None
+
+
+def main(words: list[str]) -> None:
+    """Runs the action."""
+    from vlm_train.cli import curate
+
+    config = composed(words, _curation)
+    _check(config)
+    options = {
+        "--out": out_folder("out=", config.out),
+        "--selection": None if config.selection is None else local("selection=", config.selection),
+        "--num-workers": config.curation.num_workers,
+        "--device": config.device,
+    }
+    shards = plain(config.shards)
+    curate.write_selection([shards] if isinstance(shards, str) else shards, lambda: _steps(config), options)
+
+
+def _curation(overrides: list[str]) -> DictConfig:
+    config = own(of_root("curate", CurateConfig, overrides))
+    resolve(config)
+    return config
+
+
+def _check(config: DictConfig) -> None:
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)} has no value", got="nothing", allowed="a value",
+                          remedy=f"add {missing[0]}=...")  # fmt: skip
+    steps: Any = plain(config.curation.steps)
+    if not steps or not all(isinstance(step, dict) and "_target_" in step for step in steps.values()):
+        raise ConfigError("a chain of curation has steps", got=steps or "none", allowed="{NAME: {_target_: ...}}",
+                          remedy="curation=copies, or a file of that shape")  # fmt: skip
+    check_targets(steps, "curation.steps")
+
+
+def _steps(config: DictConfig) -> dict[str, Step]:
+    from vlm_train import build
+
+    return {str(name): build.make(step) for name, step in config.curation.steps.items()}
