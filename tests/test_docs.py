@@ -174,6 +174,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm_train.cli.walk.write_walk", lambda *args, **kwargs: None)
     monkeypatch.setattr("vlm_train.cli.recaption.write_table", lambda *args: None)
     monkeypatch.setattr("vlm_train.cli.curate.write_selection", lambda *args: None)
+    monkeypatch.setattr("vlm_train.cli.calibrate.write_calibration", lambda *args: None)
+    monkeypatch.setattr("vlm_train.cli.curation_report.write_report", lambda *args: None)
     monkeypatch.setattr("vlm_train.data.verify.verify", lambda *args, mode, **kwargs: Verdict(mode, 0, 0, 0))
     monkeypatch.setattr("vlm_train.cli.shards._dialogues_of", lambda path: None)
     monkeypatch.setattr("vlm_train.cli.stats_page.lines", lambda found: [])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,9 @@ def call_anew(folder: Path, words: Sequence[str], timeout: float = 300) -> str:
 
 
 def call(folder: Path, words: Sequence[str], expect: int = 0, timeout: float = 300) -> str:
-    """Runs `vlm-train WORDS` to its end and returns what it printed; another exit code than `expect` is an error.
-
-    The process is a copy of one that has imported everything, which takes longer than most of these runs.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm_train.training", "vlm_train.cli.main"])
+    """Runs `vlm-train WORDS` to its end and returns what it printed; another exit code than `expect` is an error."""
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        process = context.Process(target=_command, args=(str(folder), list(words), _environment(), log.name))
-        process.start()
+        process = begin(folder, words, Path(log.name))
         process.join(timeout)
         is_late = process.is_alive()
         if is_late:
@@ -100,8 +95,20 @@ def call(folder: Path, words: Sequence[str], expect: int = 0, timeout: float = 3
     return output
 
 
+def begin(folder: Path, words: Sequence[str], log: Path) -> BaseProcess:
+    """Starts `vlm-train WORDS` in `folder`, with what it says in a file.
+
+    The process is a copy of one that has imported everything, which takes longer than most of these runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_train.training", "vlm_train.cli.main"])
+    process = context.Process(target=_command, args=(str(folder), list(words), _environment(), str(log)))
+    process.start()
+    return process
+
+
 def _command(folder: str, words: list[str], environment: dict[str, str], log: str) -> None:
-    """What the process of `call` does: as `start`, with what it says in a file."""
+    """What the process of `begin` does: as `start`, with what it says in a file."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

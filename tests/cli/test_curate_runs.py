@@ -19,7 +19,7 @@ from vlm_train.errors import ConfigError
 
 @pytest.mark.parametrize("choice", groups()["curation"])
 def test_every_recipe_composes_and_says_how_it_is_run(choice: str) -> None:
-    needs = [] if choice in ("copies",) else ["run=runs/any"]
+    needs = [] if choice == "copies" else ["curation.steps.score.run=runs/any"]
     config = composed([f"curation={choice}", "shards=a", "out=b", *needs], _curation)
     _check(config)
     text = (conf_dir() / "curation" / f"{choice}.yaml").read_text()
@@ -71,16 +71,22 @@ def facts(folder: str) -> dict:
         (["shards=a", "out=b", "curation.engin=ray"], "curation.engine"),
         (["shards=a", "out=b", "curation.steps.copies.radus=4"], "curation.steps.copies.radius"),
         (["shards=a", "out=b", "curation.steps.copies.radius=four"], "int"),
+        (["shards=HERE", "out=b", "curation.steps.copies.radius=99"], "from 0 to 16"),
         (["shards=a", "out=b", "curation=copes"], "curation=copies"),
         (["shards=nowhere", "out=b"], "nowhere"),
         (["shards=a", "out=b", "+curation.steps.x=1"], "has steps"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "curate", *words]) == 2
+    assert main(["data", "curate", *(word.replace("HERE", str(scenes / "train")) for word in words)]) == 2
     told = capsys.readouterr().err
     assert said in told and "remedy" in told
     assert not Path("b").exists()

@@ -73,6 +73,12 @@ def test_a_chart_is_sound_html_with_words_for_those_who_do_not_see_it() -> None:
     assert numbers and all(0 <= value <= 1000 for value in numbers)
 
 
+def test_a_chart_over_something_else_than_steps_says_so() -> None:
+    series, names = [Series(name="a", steps=[0, 1, 2], values=[1.0, 2.0, 3.0])], ["0.001", "<1>", "0.1"]
+    html = Chart(title="t", series=series, step_name="eps", step_form=lambda place: names[round(place)]).html()
+    assert "from 1 at eps 0.001 to 3 at eps 0.1" in html and ">&lt;1&gt;</span>" in html and "step" not in html
+
+
 def test_a_chart_without_a_finite_value_is_nothing() -> None:
     assert Chart(title="t", series=[Series(name="a", steps=[1], values=[None])]).html() == ""
     assert "at step 1" in Chart(title="t", series=[Series(name="a", steps=[1], values=[2.0])]).html()

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_train.cli.options import Option, count, local, out_folder, plain
+from vlm_train.cli import engines
+from vlm_train.cli.options import Option, local, out_folder, plain
 from vlm_train.cli.progress import Ticker
 from vlm_train.cli.tables import table
 
@@ -15,13 +16,11 @@ if TYPE_CHECKING:
 
     from vlm_train.curation.chain import Step
 
-_MOST_WORKERS = 1024
-
 COMMON = {
     "--out": Option(out_folder),
     "--selection": Option(local),
-    "--num-workers": Option(count(_MOST_WORKERS)),
     "--device": Option(plain),
+    **engines.OPTIONS,
 }
 """The options of every verb of curation."""
 
@@ -31,30 +30,33 @@ def given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name.strip("-").replace("-", "_"): options[name] for name in names if options[name] is not None}
 
 
-def write_selection(shards: Sequence[str], steps: Callable[[], Mapping[str, Step]], options: Mapping[str, Any]) -> None:
-    """Runs a chain of steps, writes the folder, and tells."""
+def write_selection(
+    shards: Sequence[str], steps: Callable[[], Mapping[str, Step]], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Runs a chain of steps, writes the folder, and tells; returns what provenance.json says of each step."""
     from vlm_train.cli.models import Runs
     from vlm_train.curation.chain import Work, run_chain
-    from vlm_train.curation.engines import Local
     from vlm_train.data.indexing import open_manifest
     from vlm_train.data.selection import Selection
 
-    chain, out, workers = steps(), options["--out"], options["--num-workers"]
-    manifest, chosen = open_manifest(shards, progress=Ticker("MB indexed")), options["--selection"]
-    among = None if chosen is None else Selection.load(chosen, manifest.fingerprint)
-    engine = Local(num_workers=workers)
-    work = Work(
-        engine=engine,
-        num_threads=workers or len(os.sched_getaffinity(0)),
-        models=Runs(engine, store=out / "embeddings", device=options["--device"], ticking=Ticker),
-        ticking=Ticker,
-        folder=out,
-    )
-    selection = run_chain(manifest, chain, work=work, among=among)
-    tell(selection.provenance["steps"], selection.content.num_kept(), len(manifest), out)
+    chain, out, cores = steps(), options["--out"], len(os.sched_getaffinity(0))
+    with engines.opened(options, out) as engine:
+        manifest, chosen = open_manifest(shards, progress=Ticker("MB indexed")), options["--selection"]
+        among = None if chosen is None else Selection.load(chosen, manifest.fingerprint)
+        work = Work(
+            engine=engine,
+            num_threads=min(options["--num-workers"] or cores, cores),
+            models=Runs(engine, store=out / "embeddings", device=options["--device"], ticking=Ticker),
+            ticking=Ticker,
+            folder=out,
+        )
+        selection = run_chain(manifest, chain, work=work, among=among)
+    told: list[dict[str, Any]] = selection.provenance["steps"]
+    _tell(told, selection.content.num_kept(), len(manifest), out)
+    return told
 
 
-def tell(steps: Sequence[Mapping[str, Any]], num_kept: int, num: int, out: Path) -> None:
+def _tell(steps: Sequence[Mapping[str, Any]], num_kept: int, num: int, out: Path) -> None:
     """Prints what each rule of each step dropped."""
     cells = [
         [step["step"], rule, f"{dropped:,}", f"{100 * dropped / max(1, step['num_before']):.1f} %"]

@@ -18,12 +18,35 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class RayConfig:
+    """Of engine ray."""
+
+    address: str | None = None  # HOST:PORT; null: a cluster of this machine
+
+
+@dataclass
+class SlurmConfig:
+    """Of engine slurm, each as sbatch takes it; null is left out."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: Any = None  # of a task, in quotes: '01:00:00'
+    mem: Any = None  # of a task
+    cpus: int | None = None  # of a task
+    gres: str | None = None  # of a task that runs a model: gpu:1
+
+
+@dataclass
 class CurationConfig:
     """What is done, and where."""
 
     steps: dict[str, Any] = field(default_factory=dict)  # name -> step; they run in this order
     engine: str = "local"
-    num_workers: int | None = None  # processes of this machine; null: one for each core
+    num_workers: int | None = None  # at a time; null: as many as there is room for
+    ray: RayConfig = field(default_factory=RayConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -39,15 +62,15 @@ class CurateConfig:
 
 def main(words: list[str]) -> None:
     """Runs the action."""
-    from vlm_train.cli import curate
+    from vlm_train.cli import curate, engines
 
     config = composed(words, _curation)
     _check(config)
     options = {
         "--out": out_folder("out=", config.out),
         "--selection": None if config.selection is None else local("selection=", config.selection),
-        "--num-workers": config.curation.num_workers,
         "--device": config.device,
+        **engines.options_of(plain(config.curation)),
     }
     shards = plain(config.shards)
     curate.write_selection([shards] if isinstance(shards, str) else shards, lambda: _steps(config), options)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vlm_train.cli import dedup, recaption, shards, walk
+from vlm_train.cli import balance, calibrate, curation_report, decontaminate, dedup, prune, recaption, shards, walk
 from vlm_train.cli.options import (
     Action,
     Option,
@@ -57,9 +57,37 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
                                         [--run RUN --eps 0.01 [--rule leader|paper] [--device NAME]]
            a selection without samples whose image is a copy of another's, byte for byte or by its looks; with a run
            also without those whose cosine with another is above 1 - eps (SemDeDup)
+       vlm-train data prune SHARDS ... --out DIR [--preset datacomp-basic] [--min-side 200] [--max-side 4096]
+                                        [--max-aspect 3] [--min-pixels N] [--max-pixels N] [--min-chars 6]
+                                        [--max-chars N] [--min-words 3] [--max-words N] [--min-letters 0.5]
+                                        [--max-repeats 0.5] [--max-run 8] [--forms url,file_name,date,number]
+                                        [--patterns FILE] [--languages en,de]
+                                        [--max-per-caption 10 [--similarity 0.8] [--seed 0]]
+                                        [--run RUN [--min-score 0.28 | --keep 0.3] [--density 0.5] [--device NAME]]
+                                        [--selection DIR] [--num-workers 2]
+           a selection without samples whose picture or first caption breaks a rule (FILE: a regular expression a line),
+           with so many samples of each caption or nearly equal one; with a run also without pairs that fit badly (by
+           cosine, or all but a share), and thinned out to a share where pictures are dense; in this order
+       vlm-train data balance SHARDS ... --out DIR --entries FILE | --min-count 20  --t 20000 | --keep 0.5
+                                        [--unmatched drop|keep] [--seed 0] [--selection DIR] [--num-workers 2]
+           a selection in which of each entry (a line of FILE, or a word or pair of words that so many captions hold)
+           about t samples stay, rare ones all, as MetaCLIP does; or so that a share stays
+       vlm-train data decontaminate SHARDS ... --out DIR --against NAME=SHARDS [--against NAME=SHARDS]
+                                        [--drop exact,near,model,text] [--radius 4] [--num-words 13]
+                                        [--run RUN --min-cosine 0.9 [--device NAME]] [--selection DIR]
+                                        [--num-workers 2]
+           which samples are those of a benchmark too, by picture (with a run by cosine too) or by a run of words: told,
+           flagged in the manifest (contaminated_by), and dropped by the rules that are named
        vlm-train data curate curation=RECIPE shards=SHARDS out=DIR [key=value] [--config-dir DIR]
            a chain of such steps, of conf/curation/RECIPE.yaml or of your own folder, each on what the ones before it
            keep; curation.steps.NAME.KEY=VALUE changes one, ~curation.steps.NAME leaves it out
+       vlm-train data calibrate SHARDS ... --out DIR [--num-samples 500] [--precision 0.99] [--seed 0]
+                                        [--num-workers 2] [--run RUN [--device NAME]]
+           how many copies dedup finds in your data at which radius (with a run also: eps), measured on copies that are
+           planted; a table, a suggestion and a page
+       vlm-train data report DIR SHARDS ... [--out report.html] [--calibration DIR]
+           what dedup, prune, balance or curate did, as one page: what each rule dropped, with pictures; DIR is their
+           folder
        vlm-train data walk SHARDS ... --run RUN --out DIR [--by image|text|both] [--checkpoint PATH] [--device NAME]
                                         [--num-workers 1]
            the samples in an order in which neighbours are alike to a trained model, for data.groups (hard negatives)
@@ -89,7 +117,12 @@ def main(words: list[str]) -> int:
         "make": _make,
         **shards.ACTIONS,
         "dedup": dedup.deduplicate,
+        "prune": prune.prune,
+        "balance": balance.balance,
+        "decontaminate": decontaminate.decontaminate,
         "curate": _curate,
+        "calibrate": calibrate.calibrate,
+        "report": curation_report.make_report,
         **by_models,
     }
     return _choose(actions, words, "vlm-train data")(words[1:]) or 0

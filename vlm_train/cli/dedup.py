@@ -22,6 +22,7 @@ def deduplicate(words: list[str]) -> None:
     known = {
         **curate.COMMON,
         "--radius": Option(whole(0, _LARGEST_RADIUS)),
+        "--covered": Option(choice("yes", "no"), "no"),
         "--run": Option(plain),
         "--eps": Option(number(_FINEST_EPS, 0.999)),
         "--rule": Option(choice("paper", "leader")),
@@ -45,7 +46,9 @@ def _check(options: Mapping[str, Any]) -> None:
 def _steps(options: Mapping[str, Any]) -> dict[str, Step]:
     from vlm_train.curation.dedup import NearDuplicates, SemanticDuplicates
 
-    steps: dict[str, Step] = {"copies": NearDuplicates(**curate.given(options, "--radius"))}
+    steps: dict[str, Step] = {
+        "copies": NearDuplicates(covered=options["--covered"] == "yes", **curate.given(options, "--radius"))
+    }
     if options["--run"] is not None:
         steps["semantic"] = SemanticDuplicates(**curate.given(options, "--run", "--eps", "--rule"))
     return steps

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,17 +25,18 @@ if TYPE_CHECKING:
     from vlm_train.curation.engines import Engine
     from vlm_train.data.manifest import Manifest
 
-_ENOUGH = 2048  # samples of a shard that are worth a process to decode them
+_ENOUGH = 2048  # samples of a shard that are worth a process to decode them beside a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What to embed: a shard with samples of hash `content`, by a checkpoint, on one side, into a file."""
+    """What to embed: a shard with samples of hash `content`, by a checkpoint, on one side, into a file. Paths are
+    absolute: an engine may work elsewhere."""
 
     shard: str
     content: str
     checkpoint: Path
-    device: str
+    device: str | None
     side: Side
     file: Path
 
@@ -45,14 +47,14 @@ class Runs:
     Args:
         engine: where they run.
         store: the folder that keeps embeddings, by the weights and the samples that they are of.
-        device: as the verbs take it.
+        device: as the verbs take it, of the machine that embeds.
         ticking: how progress is told.
     """
 
     def __init__(
         self, engine: Engine, *, store: Path, device: str | None, ticking: Callable[[str], Callable[[int, int], None]]
     ) -> None:
-        self.engine, self.store, self.device, self.ticking = engine, store, device, ticking
+        self.engine, self.store, self.device, self.ticking = engine, store.absolute(), device, ticking
 
     def identity(self, run: str) -> str:
         """See `Models`."""
@@ -62,16 +64,16 @@ class Runs:
 
     def embed(self, manifest: Manifest, run: str, side: Side) -> Embedded:
         """See `Models`."""
-        checkpoint, device = _checkpoint(run), str(choose_device(self.device))
+        checkpoint = _checkpoint(run).absolute()
         folder = self.store / f"{self.identity(run)}-{side}"
         folder.mkdir(parents=True, exist_ok=True)
         items = [
-            _Shard(shard, entry["content"], checkpoint, device, side, folder / f"{entry['content'][:32]}.npz")
+            _Shard(shard, entry["content"], checkpoint, self.device, side, folder / f"{entry['content'][:32]}.npz")
             for shard, entry in zip(manifest.shards, manifest.entries_of, strict=True)
         ]
         left = [item for item in items if _read(item) is None]
         tick, done = self.ticking("shards embedded"), len(items) - len(left)
-        for number, _ in enumerate(self.engine.map(_embed, left, runs_model=True), 1):
+        for number, _ in enumerate(self.engine.map(_embed, left, runs_model=self.device != "cpu"), 1):
             tick(done + number, len(items))
         parts = [part for item in items if (part := _read(item)) is not None]
         rows = [start + usable for start, (_, usable) in zip(manifest.starts.tolist(), parts, strict=False)]
@@ -104,8 +106,6 @@ def _read(item: _Shard) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
 
 def _embed(item: _Shard) -> None:
     """Embeds a shard and writes its file."""
-    import torch
-
     from vlm_train import build
     from vlm_train.data.sources.shards import ShardSource
     from vlm_train.evaluation.base import counted
@@ -114,17 +114,34 @@ def _embed(item: _Shard) -> None:
     source = ShardSource(shards=item.shard)
     if source.manifest.entries_of[0]["content"] != item.content:
         raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
-    parts = _loaded(item.checkpoint)
-    embedder, usable, found = build.embedder(parts, torch.device(item.device)), [], []
-    for batch in build.eval_loader(parts, source, num_workers=int(len(source) > _ENOUGH)):
-        keep = counted(batch)
-        features = embedder.images(batch) if item.side == "image" else embedder.texts(batch["captions"])
-        check_unit(features[keep.to(features.device)], "Features")
-        found.append(features[keep.to(features.device)].float().cpu().numpy())
-        usable.append(keep.numpy())
+    parts, device = _loaded(item.checkpoint), choose_device(item.device)
+    embedder, usable, found = build.embedder(parts, device), [], []
+    num_workers = int(device.type != "cpu" and len(source) > _ENOUGH)
+    with _one_thread():
+        for batch in build.eval_loader(parts, source, num_workers=num_workers):
+            keep = counted(batch)
+            features = embedder.images(batch) if item.side == "image" else embedder.texts(batch["captions"])
+            check_unit(features[keep.to(features.device)], "Features")
+            found.append(features[keep.to(features.device)].float().cpu().numpy())
+            usable.append(keep.numpy())
     file, kept = io.BytesIO(), np.concatenate(usable)[: len(source)]
     np.savez(file, features=np.concatenate(found), rows=np.flatnonzero(kept))
     write_whole(item.file, file.getvalue())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of products on a CPU are taken apart by the number of threads, so their last bits depend on it: features of
+    1, 2, 3 and 4 threads all differ. With one they are the same on any number of cores, and processes use the others.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,10 +27,12 @@ MANY = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a verb: what its value may be, and the value where it is not given."""
+    """An option of a verb: what its value may be, and the value where it is not given. `repeated`: it may be given more
+    than once, and its values are a list."""
 
     kind: Kind
     default: Any = None
+    repeated: bool = False
 
 
 def whole(low: int, high: int = MANY, *, what: str = "is out of range") -> Kind:
@@ -193,7 +195,7 @@ def arguments(
         ConfigError: an option that is not there, comes twice or has no such value; too few words or too many.
     """
     given: list[str] = []
-    texts: dict[str, str] = {}
+    texts: dict[str, list[str]] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -207,15 +209,20 @@ def arguments(
         if not text:
             raise ConfigError(f"{name} has no value", got=word, allowed=f"{name} VALUE, or {name}=VALUE",
                               remedy=f"give {name} a value, or leave it out")  # fmt: skip
-        texts[name] = text
+        texts.setdefault(name, []).append(text)
     if len(given) < len(names) or (len(given) > len(names) and not many):
         raise ConfigError("wrong number of words", got=" ".join(given) or "none", allowed=" ".join(names),
                           remedy="vlm-train data --help")  # fmt: skip
     called = [*names, *[list(names)[-1]] * (len(given) - len(names))]
     values = [names[name](name, text) for name, text in zip(called, given, strict=True)]
-    return values, {
-        name: option.kind(name, texts[name]) if name in texts else option.default for name, option in options.items()
-    }
+    return values, {name: _value(name, option, texts.get(name, [])) for name, option in options.items()}
+
+
+def _value(name: str, option: Option, texts: Sequence[str]) -> Any:
+    values = [option.kind(name, text) for text in texts]
+    if option.repeated:
+        return values
+    return values[0] if values else option.default
 
 
 def needed(options: Mapping[str, Any], name: str, value: str) -> Any:
@@ -226,14 +233,14 @@ def needed(options: Mapping[str, Any], name: str, value: str) -> Any:
     return options[name]
 
 
-def _check_option(name: str, options: Mapping[str, Option], texts: Mapping[str, str]) -> None:
+def _check_option(name: str, options: Mapping[str, Option], texts: Mapping[str, Sequence[str]]) -> None:
     if name not in options:
         close = nearest(name, options)
         raise ConfigError("no such option", got=name, allowed=", ".join(options) or "no option",
                           remedy=close[0] if close else "vlm-train data --help")  # fmt: skip
-    if name in texts:
+    if name in texts and not options[name].repeated:
         raise ConfigError(
-            f"{name} is given twice", got=texts[name], allowed="one value", remedy=f"leave out one {name}"
+            f"{name} is given twice", got=texts[name][0], allowed="one value", remedy=f"leave out one {name}"
         )
 
 

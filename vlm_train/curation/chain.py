@@ -160,14 +160,15 @@ def _named(manifest: Manifest, table: pa.Table, step: str) -> pa.Table:
     """Rows as they are called outside: by uid."""
     rows, like = table["row"].to_numpy(), table["like"].to_numpy()
     columns = {
-        "uid": _uids(manifest.uids(rows)),
+        "uid": uid_column(manifest.uids(rows)),
         "step": pa.array([step] * len(rows), pa.string()),
         "rule": table["rule"],
-        "like": pa.array(_uids(manifest.uids(np.maximum(like, 0))).to_pylist(), pa.binary(16), mask=like < 0),
+        "like": pa.array(uid_column(manifest.uids(np.maximum(like, 0))).to_pylist(), pa.binary(16), mask=like < 0),
         "value": table["value"],
     }
     return pa.table(columns)
 
 
-def _uids(uids: NDArray[np.uint8]) -> pa.Array:
+def uid_column(uids: NDArray[np.uint8]) -> pa.Array:
+    """uids [N, 16] as a column."""
     return pa.Array.from_buffers(pa.binary(16), len(uids), [None, pa.py_buffer(np.ascontiguousarray(uids))])

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_train.curation import fingerprints
+from vlm_train.curation import fingerprints, views
 from vlm_train.curation.engines import Engine
 from vlm_train.data.decode import SampleError
 from vlm_train.data.home import write_whole
@@ -50,9 +50,10 @@ def _looks(parts: Mapping[str, bytes]) -> Mapping[str, Any]:
 FINGERPRINT = Columns(
     (
         pa.field("phash", pa.uint64()),
-        pa.field("pdq", pa.binary(32)),
         pa.field("quality", pa.int32()),
-        pa.field("colours", pa.binary(fingerprints.COLOUR_BYTES)),
+        pa.field("thumbnail", pa.binary(views.THUMBNAIL_BYTES)),
+        pa.field("thumbnail_hash", pa.uint64()),
+        pa.field("views", pa.binary(views.CODES_BYTES)),
     ),
     fingerprints.VERSION,
     _looks,
@@ -94,6 +95,17 @@ def add_columns(manifest: Manifest, columns: Columns, *, engine: Engine, progres
             progress(done, len(manifest))
 
 
+def set_column(manifest: Manifest, field: pa.Field, values: Callable[[int, int], pa.Array]) -> None:
+    """Puts a column into every part: `values` of (the first row, the row behind the last) of a part.
+
+    Raises:
+        DataError: as `add_columns`.
+    """
+    borders = zip(manifest.starts[:-1].tolist(), manifest.starts[1:].tolist(), strict=True)
+    for part, entry, (first, stop) in zip(manifest.parts, manifest.entries_of, borders, strict=True):
+        _put(part, entry["content"], {field: values(first, stop)})
+
+
 def has_columns(part: Path, columns: Columns) -> bool:
     """Whether a part has the columns, in the values of today."""
     try:
@@ -121,22 +133,24 @@ def _write(item: _Part) -> None:
             values = _values(sample, item.columns)
             for name, column in found.items():
                 column.append(values.get(name))
+    version = {_VERSION: item.columns.version}
+    fields = {field.name: field.with_metadata(version) for field in item.columns.fields}
+    _put(item.part, item.content, {fields[name]: pa.array(found[name], fields[name].type) for name in fields})
+
+
+def _put(part: Path, content: str, columns: Mapping[pa.Field, pa.Array]) -> None:
+    """Writes a part with these columns behind its own."""
+    names = [field.name for field in columns]
     try:
-        with locked(item.part.parent):
-            write_whole(item.part, _with_columns(read_part(item.part, item.content), item.columns, found))
+        with locked(part.parent):
+            table = read_part(part, content)
+            table = table.select([name for name in table.column_names if name not in names])
+            for field, values in columns.items():
+                table = table.append_column(field, values)
+            write_whole(part, to_parquet(table))
     except OSError as error:
-        raise DataError(f"`{item.part}` cannot be written", got=error, allowed="a manifest that can be written",
+        raise DataError(f"`{part}` cannot be written", got=error, allowed="a manifest that can be written",
                         remedy="make room in its folder, or make it writable") from error  # fmt: skip
-
-
-def _with_columns(table: pa.Table, columns: Columns, found: Mapping[str, list[Any]]) -> memoryview:
-    """A part with these columns behind its own, in Parquet."""
-    for field in columns.fields:
-        told = field.with_metadata({_VERSION: columns.version})
-        if field.name in table.column_names:
-            table = table.drop_columns([field.name])
-        table = table.append_column(told, pa.array(found[field.name], field.type))
-    return to_parquet(table)
 
 
 def _values(sample: Any, columns: Columns) -> Mapping[str, Any]:

@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.curation import fingerprints, kmeans, near, semantic
+from vlm_train.curation import alignment, candidates, fingerprints, kmeans, near, semantic
 from vlm_train.curation.chain import Found, Settings, Work
 from vlm_train.curation.columns import FINGERPRINT, add_columns
+from vlm_train.curation.limits import check_whole
 from vlm_train.data.manifest import Manifest
 
 SEMANTIC = "semantic"
@@ -18,27 +19,39 @@ SEMANTIC = "semantic"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearDuplicates:
-    """Pictures that are copies of others: by the rules `exact` and `near` of `near.find_copies`. The value of a row is
-    the distance in bits of pHash. `radius`: bits of it."""
+    """Pictures that are copies of others: by the rules of `near.find_copies`. The value of a row is the distance in
+    bits of pHash. `radius`: bits of it within which any two pictures are compared. `covered`: whether pictures that
+    differ in one box alone are copies; drawings that differ by an expression are such pictures too."""
 
     radius: int = near.RADIUS
+    covered: bool = False
 
     def settings(self, work: Work) -> Settings:
         """See `Step`."""
+        check_whole("radius", self.radius, low=0, high=near.MOST_BITS)
         return {
             "fingerprints": fingerprints.VERSION,
+            "rules": list(near.RULES[: 4 if self.covered else 3]),
             "radius": self.radius,
-            "pdq_radius": near.PDQ_RADIUS,
+            "view_radius": candidates.VIEW_RADIUS,
+            "bands": [candidates.NUM_BANDS, candidates.BAND_BITS],
             "least_quality": near.LEAST_QUALITY,
-            "colour_tolerance": near.COLOUR_TOLERANCE,
+            "alignment": alignment.VERSION,
         }
 
     def find(self, manifest: Manifest, among: NDArray[np.bool_], work: Work) -> Found:
         """See `Step`."""
         add_columns(manifest, FINGERPRINT, engine=work.engine, progress=work.ticking("samples"))
-        copies = near.find_copies(manifest, among=among, radius=self.radius, workers=work.num_threads)
+        copies = near.find_copies(
+            manifest,
+            among=among,
+            radius=self.radius,
+            covered=self.covered,
+            workers=work.num_threads,
+            ticking=work.ticking,
+        )
         rows = np.flatnonzero(~copies.is_kept)
-        rules = np.where(copies.is_exact[rows], near.EXACT, near.NEAR)
+        rules = np.array(near.RULES)[copies.rule[rows]]
         return Found(rows, rules, copies.kept[rows], copies.distance[rows].astype(np.float64))
 
 

@@ -7,7 +7,7 @@ neighbours. There is no index to keep, and what is held in memory at once is bou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,14 @@ class Pairs:
 
 
 def pairs_within(
-    codes: Words, radius: int, *, memory: int = 4 << 30, workers: int = 1, folder: Path | None = None
+    codes: Words,
+    radius: int,
+    *,
+    bands: Sequence[Pass] | None = None,
+    memory: int = 4 << 30,
+    workers: int = 1,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
     """Every pair of distinct codes at most `radius` bits apart, and the rows of equal codes as a star. None is missed.
 
@@ -53,11 +60,14 @@ def pairs_within(
         codes: uint64 [N] or [N, 4], N < 2 ** 32; may be mapped from a .npy file, and is read in order.
         radius: bits; at most a quarter of the bits of a code. Pairs among random codes, and with them the time,
             grow quickly with it: 4 suits millions of 64-bit codes, 31 a million of 256-bit codes.
+        bands: where given, only pairs that agree in all bits of at least one of these are found, in time that grows
+            with their number and not with the radius.
         memory: bytes held at once, about, besides pages of mapped files, which the system may drop; with less, the
             codes are read more often.
         workers: threads; each takes its share of the memory.
         folder: where temporary files lie (deleted at the end), by default the system's place; only used when the
             distinct codes take more than a quarter of `memory`.
+        progress: called with (passes done, in all).
 
     Raises:
         ConfigError: codes of another type or shape, or a radius, memory or number of workers out of range.
@@ -67,7 +77,9 @@ def pairs_within(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         distinct, first_rows, keys = _collapse(columns, memory, Path(scratch))
         if radius > 0 and len(first_rows) > 1:
-            keys = np.concatenate([keys, *_joined(distinct, first_rows, radius, memory, workers)])
+            passes = plan(distinct, radius) if bands is None else bands
+            found = _joined(distinct, first_rows, passes, radius, memory, workers)
+            keys = np.concatenate([keys, *_told(found, len(passes), progress)])
     keys.sort()
     return _unpacked(columns, keys)
 
@@ -119,9 +131,10 @@ def _collapse(columns: Words, memory: int, scratch: Path) -> tuple[Words, NDArra
     return distinct[:, :filled], first_rows[:filled], np.concatenate(stars)
 
 
-def _joined(distinct: Words, first_rows: NDArray[np.uint32], radius: int, memory: int, workers: int) -> Iterator[Words]:
+def _joined(
+    distinct: Words, first_rows: NDArray[np.uint32], passes: Sequence[Pass], radius: int, memory: int, workers: int
+) -> Iterator[Words]:
     """Packed pairs of the first rows of near distinct codes, pass by pass."""
-    passes = plan(distinct, radius)
     max_rows = _max_rows(memory // workers, 20 + 8 * len(distinct))
 
     def one(number: int) -> Words:
@@ -130,6 +143,13 @@ def _joined(distinct: Words, first_rows: NDArray[np.uint32], radius: int, memory
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(one, range(len(passes)))
+
+
+def _told(found: Iterator[Words], num: int, progress: Callable[[int, int], None] | None) -> Iterator[Words]:
+    for done, each in enumerate(found, 1):
+        if progress is not None:
+            progress(done, num)
+        yield each
 
 
 def _max_rows(memory: int, row_bytes: int) -> int:

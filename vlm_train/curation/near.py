@@ -1,45 +1,48 @@
-"""Which pictures of a dataset are copies of each other: byte for byte, or as far as fingerprints tell.
+"""Which pictures of a dataset are copies of each other: byte for byte, or as far as their thumbnails tell.
 
-*exact*: the images of two samples have the same bytes. *near*: their pHashes differ in at most `radius` bits, or their
-PDQ hashes in at most `PDQ_RADIUS`, and no value of their 8 x 8 colours by more than `COLOUR_TOLERANCE`. Pictures of a
-quality below `LEAST_QUALITY` are compared by their bytes alone: flat ones all have one hash.
+*exact*: the images of two samples have the same bytes. *near*, *cropped*, *covered*: their thumbnails show the same
+picture, the same with its edges cut off, the same but for one box (`alignment`); the first of these that holds. Only
+`candidates` are looked at. Pictures of a quality below `LEAST_QUALITY` are compared by their bytes alone: flat ones all
+look the same. Nothing is turned: a mirrored picture is another one.
 
-Of each cluster the sample with the most pixels is kept, of equals that of the least uid. What is a copy of that one is
-dropped. What is only a copy of its copies is not: among the rest the same is done again, so that no chain of small
-differences drops a picture that nothing kept is like. Neither the order of the shards nor the number of workers
-decides.
+Of each cluster the sample with the most pixels is kept, of equals that with the most copies, of these that of the least
+uid. What is a copy of that one is dropped. What is only a copy of its copies is not: among the rest the same is done
+again, so that no chain of small differences drops a picture that nothing kept is like. Neither the order of the shards
+nor the number of workers decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlm_train.curation import alignment
+from vlm_train.curation.candidates import Pairs, Parts, Ticking, candidates, column_of
 from vlm_train.curation.clusters import canonical, components
-from vlm_train.curation.fingerprints import COLOUR_BYTES
-from vlm_train.curation.hamming import pairs_within
-from vlm_train.data.manifest import Manifest, packed
+from vlm_train.curation.views import THUMBNAIL_BYTES
+from vlm_train.data.manifest import Manifest
 
 LEAST_QUALITY = 5
-"""Of a fingerprint that is compared. Meta's advice for PDQ alone is 50; colours are compared too here, and drawings and
+"""Of a fingerprint that is compared. Meta's advice for PDQ is 50; thumbnails are compared here, and drawings and
 diagrams have less."""
 
-RADIUS, PDQ_RADIUS = 4, 31
-"""Bits of 64; bits of 256, Meta's advice."""
+RADIUS, MOST_BITS = 4, 16
+"""Bits of 64, where nobody says otherwise, and at most."""
 
-COLOUR_TOLERANCE = 24
-"""Of 256 levels."""
-
-EXACT, NEAR = "exact", "near"
-_COLUMNS = ("width", "height", "image_hash", "phash", "pdq", "quality", "colours")
-_CHUNK = 1 << 16  # pairs whose colours are compared at a time
-
-Edges = NDArray[np.int64]  # [n, 2] rows
+RULES = EXACT, NEAR, CROPPED, COVERED = "exact", "near", "cropped", "covered"
+_EXACT, _NEAR, _CROPPED, _COVERED = range(4)
+_NONE = 255
+_COLUMNS = ("width", "height", "image_hash", "phash", "quality", "thumbnail_hash")
+_MANY = 1 << 20  # copies
+_CHUNK = 512  # pairs whose thumbnails are compared at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,12 +50,12 @@ class Copies:
     """What is a copy of what.
 
     `kept` int64 [N]: for each row the one that stays and that it is a copy of; itself where it stays.
-    `is_exact` bool [N]: whether its images have the bytes of those of the kept one.
+    `rule` uint8 [N]: place in `RULES` of what makes it one, 0 where it stays.
     `distance` int64 [N]: bits by which its pHash differs from that of the kept one, 0 without a picture.
     """
 
     kept: NDArray[np.int64]
-    is_exact: NDArray[np.bool_]
+    rule: NDArray[np.uint8]
     distance: NDArray[np.int64]
 
     @property
@@ -62,57 +65,124 @@ class Copies:
 
 
 def find_copies(
-    manifest: Manifest, *, among: NDArray[np.bool_] | None = None, radius: int = RADIUS, workers: int = 1
+    manifest: Manifest,
+    *,
+    among: NDArray[np.bool_] | None = None,
+    radius: int = RADIUS,
+    covered: bool = False,
+    workers: int = 1,
+    ticking: Ticking = lambda noun: lambda done, total: None,
 ) -> Copies:
     """Copies among the samples of a manifest that has fingerprints (`columns.add_fingerprints`). A sample without a
     picture is a copy of nothing, one that does not decode has the copies of its bytes alone.
 
+    In memory are 80 bytes a row, 40 bytes a candidate, and what the search holds at once (`pairs_within`); views and
+    the thumbnails of candidates lie in temporary files.
+
     Args:
-        manifest: held in memory by its fingerprints, 270 bytes a row.
+        manifest: its shards are not read.
         among: bool [N], the rows that are compared; None is all.
-        radius: bits of pHash; 0 to 16.
+        radius: bits of pHash within which pictures are candidates whatever their views say; 0 to 16.
+        covered: whether the rule `covered` is used.
         workers: threads; they change nothing but the time.
+        ticking: of the search, and of the candidates that are compared.
 
     Raises:
         ConfigError: a radius out of range.
         DataError: as `Manifest.table`.
     """
     looks = _Looks.of(manifest.table(_COLUMNS), np.ones(len(manifest), bool) if among is None else among)
-    uids, kept = manifest.uids(), np.arange(len(manifest))
-    rows = kept.copy()  # whose fate is open
-    while len(edges := _edges(looks, rows, radius, workers)):
-        chosen = canonical(components(len(kept), [edges]), uids, looks.pixels)
-        rows = np.unique(edges)
-        alike = looks.are_copies(rows, chosen[rows], radius)
-        kept[rows[alike]] = chosen[rows[alike]]
-        rows = rows[~alike]
+    best = looks.best(manifest)
+    heads = np.flatnonzero((best == np.arange(len(best))) & looks.is_compared)
+    pairs = candidates(
+        manifest, heads, looks.phash[heads], radius=radius, with_strips=covered, workers=workers, ticking=ticking
+    )
+    rules = np.concatenate([np.empty(0, np.uint8), *_compared(manifest, heads, pairs, covered, workers, ticking)])
+    pairs, rules = pairs[rules != _NONE], rules[rules != _NONE]
+    chosen, rule = _settled(pairs, rules, manifest.uids(heads), looks.pixels[heads])
+    kept, found = best.copy(), np.full(len(best), _NEAR, np.uint8)
+    kept[heads], found[heads] = heads[chosen], rule
+    kept, found = kept[best], found[best]  # a row goes where the best of those that look as it does goes
+    found[looks.images == looks.images[kept]] = _EXACT
     return Copies(
         kept=kept,
-        is_exact=(looks.images == looks.images[kept]) & (looks.pixels > 0),
+        rule=found,
         distance=np.bitwise_count(looks.phash ^ looks.phash[kept]).astype(np.int64),
     )
 
 
-def _edges(looks: _Looks, rows: NDArray[np.int64], radius: int, workers: int) -> Edges:
-    """Pairs of copies among some rows, of which all follow."""
-    good = rows[looks.is_compared[rows]]
-    return np.concatenate([
-        _equal(looks.images, rows[looks.pixels[rows] > 0]),
-        good[_near(looks.phash[good], looks.colours[good], radius, workers)],
-        good[_near(looks.pdq[good], looks.colours[good], PDQ_RADIUS, workers)],
-    ])  # fmt: skip
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """Pictures of one manifest that are copies of those of another.
+
+    `rows` int64 [P, 2], rising: a row of each; `is_exact` bool [P]: whether their images have the same bytes;
+    `distance` int64 [P]: bits by which their pHashes differ.
+    """
+
+    rows: NDArray[np.int64]
+    is_exact: NDArray[np.bool_]
+    distance: NDArray[np.int64]
+
+
+def pairs_between(
+    manifest: Manifest,
+    other: Manifest,
+    *,
+    radius: int = RADIUS,
+    workers: int = 1,
+    ticking: Ticking = lambda noun: lambda done, total: None,
+) -> Shared:
+    """All pairs of a sample of one manifest and one of another that are copies, exact, near or cropped; both have
+    fingerprints. Memory, arguments and errors as of `find_copies`."""
+    both, num = _Both(manifest, other), len(manifest)
+    looks = _Looks.of(both.table(_COLUMNS), np.ones(num + len(other), bool))
+    rows = np.flatnonzero(looks.is_compared)
+    pairs = candidates(
+        both, rows, looks.phash[rows], radius=radius, with_strips=False, workers=workers, ticking=ticking
+    )
+    pairs = pairs[(rows[pairs[:, 0]] < num) & (rows[pairs[:, 1]] >= num)]
+    rules = np.concatenate([np.empty(0, np.uint8), *_compared(both, rows, pairs, False, workers, ticking)])
+    seen, found = np.flatnonzero(looks.pixels > 0), [rows[pairs[rules != _NONE]]]
+    order = seen[np.argsort(looks.images[seen], kind="stable")]
+    ours, theirs = order[order < num], order[order >= num]
+    first, stop = (np.searchsorted(looks.images[theirs], looks.images[ours], side=side) for side in ("left", "right"))
+    sizes = stop - first
+    place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(first, sizes)
+    found.append(np.stack([np.repeat(ours, sizes), theirs[place]], axis=1))
+    joined = np.unique(np.concatenate(found), axis=0)
+    one, two = joined.T
+    return Shared(
+        rows=joined - [0, num],
+        is_exact=looks.images[one] == looks.images[two],
+        distance=np.bitwise_count(looks.phash[one] ^ looks.phash[two]).astype(np.int64),
+    )
+
+
+class _Both:
+    """The rows of two manifests, one behind the other, as candidates are looked for among them."""
+
+    def __init__(self, first: Manifest, second: Manifest) -> None:
+        self._manifests = (first, second)
+        self.starts = np.concatenate([first.starts, second.starts[1:] + len(first)])
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        return pa.concat_tables([each.table(columns) for each in self._manifests], promote_options="default")
+
+    def part(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        first, second = self._manifests
+        num = len(first.starts) - 1
+        return first.part(shard, columns) if shard < num else second.part(shard - num, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Looks:
-    """The fingerprints of N rows. `pixels` int64 [N], 0 of what is compared with nothing; `images`, `phash` uint64 [N];
-    `pdq` uint64 [N, 4]; `colours` uint8 [N, 192]; `is_compared` bool [N]: by more than its bytes."""
+    """The fingerprints of N rows. `pixels` int64 [N], 0 of what is compared with nothing; `images`, `phash`,
+    `thumbnails` uint64 [N]: hashes; `is_compared` bool [N]: by more than its bytes."""
 
     pixels: NDArray[np.int64]
     images: NDArray[np.uint64]
     phash: NDArray[np.uint64]
-    pdq: NDArray[np.uint64]
-    colours: NDArray[np.uint8]
+    thumbnails: NDArray[np.uint64]
     is_compared: NDArray[np.bool_]
 
     @staticmethod
@@ -122,20 +192,24 @@ class _Looks:
             pixels=pixels,
             images=_numbers(table, "image_hash", np.uint64),
             phash=_numbers(table, "phash", np.uint64),
-            pdq=_bytes(table, "pdq", 32).view(np.uint64),
-            colours=_bytes(table, "colours", COLOUR_BYTES),
+            thumbnails=_numbers(table, "thumbnail_hash", np.uint64),
             is_compared=(pixels > 0) & (_numbers(table, "quality", np.int64) >= LEAST_QUALITY),
         )
 
-    def are_copies(self, first: NDArray[np.int64], second: NDArray[np.int64], radius: int) -> NDArray[np.bool_]:
-        """bool [n]: whether rows `first` and `second` are copies by either rule."""
-        are_exact = (self.images[first] == self.images[second]) & (self.pixels[first] > 0)
-        bits = np.bitwise_count(self.phash[first] ^ self.phash[second])
-        pdq_bits = np.bitwise_count(self.pdq[first] ^ self.pdq[second]).sum(axis=1, dtype=np.int64)
-        are_near = self.is_compared[first] & self.is_compared[second] & ((bits <= radius) | (pdq_bits <= PDQ_RADIUS))
-        near = np.flatnonzero(are_near)
-        are_near[near] = _alike(self.colours, first[near], second[near])
-        return are_exact | are_near | (first == second)
+    def best(self, manifest: Manifest) -> NDArray[np.int64]:
+        """For each row the one to keep of those of the same bytes, or of the same thumbnail where it is compared."""
+        best = np.arange(len(self.pixels))
+        for rows, hashes in (
+            (np.flatnonzero((self.pixels > 0) & ~self.is_compared), self.images),
+            (np.flatnonzero(self.is_compared), self.thumbnails),
+        ):
+            rows = rows[np.argsort(hashes[rows], kind="stable")]
+            starts = np.diff(hashes[rows], prepend=0) != 0
+            starts[:1] = True
+            is_alone = starts & np.append(starts[1:], True)
+            group, rows = np.cumsum(starts)[~is_alone], rows[~is_alone]
+            best[rows] = rows[canonical(group, manifest.uids(rows), self.pixels[rows])]
+        return best
 
 
 def _numbers(table: pa.Table, name: str, kind: type) -> NDArray[Any]:
@@ -143,61 +217,53 @@ def _numbers(table: pa.Table, name: str, kind: type) -> NDArray[Any]:
     return table[name].fill_null(0).to_numpy().astype(kind)
 
 
-def _bytes(table: pa.Table, name: str, size: int) -> NDArray[np.uint8]:
-    """A column of `size` bytes, zeros where it is null: uint8 [N, size]."""
-    return np.frombuffer(packed(table[name].fill_null(bytes(size))), np.uint8).reshape(-1, size)
+def _compared(
+    manifest: Parts, heads: NDArray[np.int64], pairs: Pairs, covered: bool, workers: int, ticking: Ticking
+) -> Iterator[NDArray[np.uint8]]:
+    """The rule by which each pair of places in `heads` are copies, or `_NONE`, in blocks."""
+    places = np.unique(pairs)
+    progress = ticking("pairs compared")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        path = Path(folder) / "thumbnails"
+        thumbnails = np.memmap(path, np.uint8, "w+", shape=(max(1, len(places)), THUMBNAIL_BYTES))
+        for place, found in column_of(manifest, heads[places], "thumbnail", THUMBNAIL_BYTES):
+            thumbnails[place] = found
+
+        def one(start: int) -> NDArray[np.uint8]:
+            first, second = np.searchsorted(places, pairs[start : start + _CHUNK]).T
+            return rules_of(thumbnails[first], thumbnails[second], covered)
+
+        for start in range(0, len(pairs), _CHUNK * workers):
+            block = range(start, min(start + _CHUNK * workers, len(pairs)), _CHUNK)
+            yield from pool.map(one, block)
+            progress(min(start + _CHUNK * workers, len(pairs)), len(pairs))
 
 
-def _equal(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> Edges:
-    """Of `rows` with one hash each is joined to the first."""
-    _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
-    edges = np.stack([rows[first[group]], rows], axis=1)
-    return edges[edges[:, 0] != edges[:, 1]]
+def rules_of(first: alignment.Thumbnails, second: alignment.Thumbnails, covered: bool) -> NDArray[np.uint8]:
+    """Place in `RULES` of the first rule by which thumbnails are copies, one by one, 255 where none does."""
+    rules, rows = np.full(len(first), _NONE, np.uint8), np.arange(len(first))
+    tests = [(_NEAR, alignment.are_same, False), (_CROPPED, alignment.are_cropped, False)]
+    tests += [(_CROPPED, alignment.are_cropped, True), *[(_COVERED, alignment.are_covered, False)] * covered]
+    for rule, test, is_turned in tests:
+        one, two = (second, first) if is_turned else (first, second)
+        holds = test(one[rows], two[rows])
+        rules[rows[holds]] = rule
+        rows = rows[~holds]
+    return rules
 
 
-def _near(codes: NDArray[np.uint64], colours: NDArray[np.uint8], radius: int, workers: int) -> Edges:
-    """Pairs of near codes and colours. Rows that are equal in both are joined to the first of them, and only this one
-    to others."""
-    if not len(codes):
-        return np.empty((0, 2), np.int64)
-    words = codes.reshape(len(codes), -1)
-    both = np.ascontiguousarray(np.concatenate([words.view(np.uint8), colours], axis=1))
-    _, first, group = np.unique(_as_items(both), return_index=True, return_inverse=True)
-    equal = np.stack([first[group], np.arange(len(codes))], axis=1)
-    of_code = np.argsort(_as_items(np.ascontiguousarray(words[first])), kind="stable")
-    distinct = first[of_code]  # rows that differ in code or colours, those of one code together
-    heads = np.flatnonzero(np.concatenate([[True], (words[distinct[1:]] != words[distinct[:-1]]).any(axis=1)]))
-    sizes = np.diff(np.append(heads, len(distinct)))
-    pairs = pairs_within(codes[distinct[heads]], radius, workers=workers).rows.astype(np.int64)
-    itself = np.flatnonzero(sizes > 1)
-    pairs = np.concatenate([pairs, np.stack([itself, itself], axis=1)])
-    rows = (distinct[places] for places in _products(heads, sizes, pairs))
-    found = [some[_alike(colours, some[:, 0], some[:, 1])] for some in rows]
-    return np.concatenate([equal[equal[:, 0] != equal[:, 1]], *found])
-
-
-def _as_items(rows: NDArray[Any]) -> NDArray[np.void]:
-    """[N, n] as N items that compare by their bytes."""
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
-
-
-def _alike(colours: NDArray[np.uint8], first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool [n]: whether no colour of the rows differs by more than is let pass."""
-    are = np.empty(len(first), bool)
-    for start in range(0, len(first), _CHUNK):
-        left, right = (colours[rows[start : start + _CHUNK]].astype(np.int16) for rows in (first, second))
-        are[start : start + _CHUNK] = (np.abs(left - right) <= COLOUR_TOLERANCE).all(axis=1)
-    return are
-
-
-def _products(heads: NDArray[np.int64], sizes: NDArray[np.int64], pairs: Edges) -> Iterator[Edges]:
-    """Of each pair of groups every pair of their places, `_CHUNK` at a time; a group with itself: each pair once."""
-    counts = sizes[pairs[:, 0]] * sizes[pairs[:, 1]]
-    ends = np.cumsum(counts)
-    for start in range(0, int(ends[-1]) if len(ends) else 0, _CHUNK):
-        place = np.arange(start, min(start + _CHUNK, int(ends[-1])))
-        number = np.searchsorted(ends, place, side="right")
-        within = place - (ends - counts)[number]
-        left, right = pairs[number].T
-        a, b = heads[left] + within // sizes[right], heads[right] + within % sizes[right]
-        yield np.stack([a, b], axis=1)[(left != right) | (a < b)]
+def _settled(
+    pairs: Pairs, rules: NDArray[np.uint8], uids: NDArray[np.uint8], pixels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """For each of M pictures the one that stays for it, itself where it stays, and by which rule: round by round."""
+    kept, rule = np.arange(len(pixels)), np.full(len(pixels), _NEAR, np.uint8)
+    while len(pairs):
+        num_copies = np.minimum(np.bincount(pairs.ravel(), minlength=len(kept)), _MANY - 1)
+        chosen = canonical(components(len(kept), [pairs]), uids, pixels * _MANY + num_copies)
+        for one, other in (pairs.T, pairs.T[::-1]):
+            goes = chosen[one] == other
+            kept[one[goes]], rule[one[goes]] = other[goes], rules[goes]
+        is_open = (kept == np.arange(len(kept))) & (chosen != np.arange(len(kept)))
+        still = is_open[pairs].all(axis=1)
+        pairs, rules = pairs[still], rules[still]
+    return kept, rule

@@ -39,13 +39,8 @@ class Distribution:
 
     @staticmethod
     def of(name: str, unit: str, values: NDArray[Any], num_bins: int = 40) -> Distribution:
-        """Of `values` [N], N > 0. Bins are equal in the logarithm where values span more than a decade."""
-        low, high = float(values.min()), float(values.max())
-        wide = low > 0 and high / low > 10
-        if low == high:
-            low, high = low - max(abs(low), 1) / 2, high + max(abs(low), 1) / 2
-        edges = np.geomspace(low, high, num_bins + 1) if wide else np.linspace(low, high, num_bins + 1)
-        edges[0], edges[-1] = low, high  # rounding must not lose the extremes
+        """Of `values` [N], N > 0, in bins of `edges_of`."""
+        edges = edges_of(float(values.min()), float(values.max()), num_bins)
         counts, _ = np.histogram(values, edges)
         at = np.percentile(values, _PERCENTILES)
         return Distribution(
@@ -56,6 +51,16 @@ class Distribution:
             edges.tolist(),
             counts.tolist(),
         )
+
+
+def edges_of(low: float, high: float, num_bins: int = 40) -> NDArray[np.float64]:
+    """Edges [num_bins + 1] of bins from `low` to `high`, equal in the logarithm where that is more than a decade."""
+    wide = low > 0 and high / low > 10
+    if low == high:
+        low, high = low - max(abs(low), 1) / 2, high + max(abs(low), 1) / 2
+    edges = np.geomspace(low, high, num_bins + 1) if wide else np.linspace(low, high, num_bins + 1)
+    edges[0], edges[-1] = low, high  # rounding must not lose the extremes
+    return edges
 
 
 @dataclass(slots=True)
@@ -127,7 +132,7 @@ def statistics(shards: str | Sequence[str], *, num_examples: int = 60, side: int
     )
     rows = np.unique(np.linspace(0, len(source) - 1, min(num_examples, len(source))).astype(np.int64))
     for row, sample in zip(rows.tolist(), source.read(rows), strict=True):
-        found.examples.append(_example(source, row, sample, side))
+        found.examples.append(example_of(source, row, sample, side))
     found.num_read = len(found.examples)
     found.num_unreadable = sum(bool(example.reason) for example in found.examples)
     return found
@@ -176,7 +181,8 @@ def _formats(manifest: Manifest) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _example(source: ShardSource, row: int, sample: RawSample | SampleError, side: int) -> Example:
+def example_of(source: ShardSource, row: int, sample: RawSample | SampleError, side: int) -> Example:
+    """What is shown of a sample that was read, whether it can be used or not. `side`: its longest, in pixels."""
     try:
         if isinstance(sample, SampleError):
             raise sample

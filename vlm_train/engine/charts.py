@@ -53,6 +53,8 @@ class Chart:
         form: a value as text.
         markers: (step, what happened there), drawn as vertical lines.
         from_zero: whether the axis must show 0.
+        step_name: what the curves run over.
+        step_form: a step as text.
     """
 
     title: str
@@ -60,6 +62,8 @@ class Chart:
     form: Format = field(default=lambda value: number(value))
     markers: Sequence[tuple[float, str]] = ()
     from_zero: bool = False
+    step_name: str = "step"
+    step_form: Format = field(default=lambda step: f"{step:,.0f}")
 
     def html(self) -> str:
         """The figure; empty where there is no finite value at all."""
@@ -75,7 +79,10 @@ class Chart:
             for tick in axes.y_ticks
         )
         grid = "".join(f'<line class="grid" {_across(axes.y(tick))}/>' for tick in axes.y_ticks)
-        xs = "".join(f'<span style="left:{100 * axes.x(tick):.2f}%">{tick:,.0f}</span>' for tick in axes.x_ticks)
+        xs = "".join(
+            f'<span style="left:{100 * axes.x(tick):.2f}%">{escape(self.step_form(tick))}</span>'
+            for tick in axes.x_ticks
+        )
         return (
             f'<figure class="chart"><figcaption><b>{escape(self.title)}</b>{self._legend(curves)}</figcaption>'
             f'<div class="plot" role="img" aria-label="{escape(self._spoken(curves))}">'
@@ -99,10 +106,13 @@ class Chart:
             pairs = series.finite()
             values = [value for _, value in pairs]
             parts.append(
-                f"{series.name} from {self.form(values[0])} at step {pairs[0][0]:,.0f} to {self.form(values[-1])} "
-                f"at step {pairs[-1][0]:,.0f}, lowest {self.form(min(values))}, highest {self.form(max(values))}"
+                f"{series.name} from {self.form(values[0])} at {self._at(pairs[0][0])} to {self.form(values[-1])} "
+                f"at {self._at(pairs[-1][0])}, lowest {self.form(min(values))}, highest {self.form(max(values))}"
             )
         return f"{self.title}: {'; '.join(parts)}"
+
+    def _at(self, step: float) -> str:
+        return f"{self.step_name} {self.step_form(step)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,147 @@
+"""Whether two thumbnails (see `views`) show one picture: as it is, with its edges cut off, or covered in one place.
+
+*The same*: no mean of 2 x 2 cells of brightness differs by more than `SAME`, no cell of colour by more than `SAME`.
+
+*Cropped*: what the second shows is laid over the first, cut by at most `MOST_CUT` of each side, where it fits best (the
+least squares of Lucas and Kanade, IJCAI 1981, from `START` of each side on), and is then the same within `CROPPED` and
+`CROPPED_COLOUR`; one side is cut by `LEAST_CUT`, for two drawings that differ by a smile fit best uncut. The outermost
+cells are left out: a thumbnail is smoothed with what lies beyond its edge in one of the two only.
+
+*Covered*: all that differs by more than `SAME_UNCOVERED` lies in one box of at most `MOST_COVERED` of the picture,
+fills `LEAST_FILLED` of it, and the rest has detail. An object that one of two pictures has and the other has not is no
+different from this.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_train.curation.views import COLOUR_SIDE, SIDE, planes
+
+VERSION = "1"
+"""Of the rules below and their numbers."""
+
+SAME = 10.0
+CROPPED, CROPPED_COLOUR = 24.0, 16.0
+SAME_UNCOVERED = 12.0
+"""Of 256 levels."""
+START, LEAST_CUT, MOST_CUT = 0.025, 0.008, 0.06
+MOST_COVERED, LEAST_FILLED = 0.15, 0.6
+LEAST_DETAIL = 10.0
+"""Grey levels by which what is not covered varies (standard deviation)."""
+
+_HOPELESS = (45.0, 20.0, 16.0, 16.0)
+"""Root mean square differences above which no further step helps, from the start on; copies have up to 40, 15, 11."""
+_STEP = 0.004  # of a side: between the two places by which a slope is told
+_STIFFNESS = 10.0  # squared levels: keeps places where there is little to go by
+_SMEARED = 3  # cells by which smoothing widens what differs
+
+Thumbnails = NDArray[np.uint8]  # [n, THUMBNAIL_BYTES]
+Planes = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+def are_same(first: Thumbnails, second: Thumbnails) -> Flags:
+    """bool [n]: whether the pictures are the same, one by one."""
+    return np.asarray(~_differing(first, second, SAME).any(axis=(1, 2)))
+
+
+def are_covered(first: Thumbnails, second: Thumbnails) -> Flags:
+    """bool [n]: whether the pictures are the same but for one box."""
+    differing = _differing(first, second, SAME_UNCOVERED)
+    inside = _boxes(differing)
+    heights, widths = inside.any(axis=2).sum(axis=1), inside.any(axis=1).sum(axis=1)
+    shares = np.maximum(heights - _SMEARED, 1) * np.maximum(widths - _SMEARED, 1) / SIDE**2
+    filled = differing.sum(axis=(1, 2)) >= LEAST_FILLED * inside.sum(axis=(1, 2))
+    seen = planes(first)[0][:, 1:, 1:]
+    num_outside = np.maximum((~inside).sum(axis=(1, 2)), 1)
+    mean = np.where(inside, 0, seen).sum(axis=(1, 2)) / num_outside
+    varied = np.where(inside, 0, seen - mean[:, None, None]) ** 2
+    has_detail = varied.sum(axis=(1, 2)) >= LEAST_DETAIL**2 * num_outside
+    return inside.any(axis=(1, 2)) & (shares <= MOST_COVERED) & filled & has_detail
+
+
+def are_cropped(first: Thumbnails, second: Thumbnails) -> Flags:
+    """bool [n]: whether the second is the first with its edges cut off."""
+    (whole, colours), (part, part_colours) = planes(first), planes(second)
+    cuts = np.full((len(whole), 4), START)
+    rows = np.flatnonzero(_distance(_MIDDLE @ whole @ _MIDDLE.T, part) <= _HOPELESS[0])
+    for hopeless in _HOPELESS[1:]:
+        cuts[rows] = _moved(whole[rows], part[rows], cuts[rows])
+        laid = _laid(whole[rows], cuts[rows], SIDE)
+        rows = rows[_distance(laid, part[rows]) <= hopeless]
+    differ = _smoothed(_laid(whole[rows], cuts[rows], SIDE) - part[rows])[:, 1:-1, 1:-1]
+    tints = np.stack([_laid(colours[rows, tint], cuts[rows], COLOUR_SIDE) for tint in (0, 1)], axis=1)
+    tints = (tints - part_colours[rows])[:, :, 1:-1, 1:-1]
+    fits = cuts[rows].max(axis=1) >= LEAST_CUT
+    fits &= np.abs(differ).max(axis=(1, 2), initial=0) <= CROPPED
+    fits &= np.abs(tints).max(axis=(1, 2, 3), initial=0) <= CROPPED_COLOUR
+    are = np.zeros(len(whole), bool)
+    are[rows[fits]] = True
+    return are
+
+
+def _moved(whole: Planes, part: Planes, cuts: Planes) -> Planes:
+    """Cuts [n, 4] (top, bottom, left, right) under which the part fits better: one step of least squares."""
+    down, across = (_resampling(cuts[:, pair], SIDE) for pair in (slice(0, 2), slice(2, 4)))
+    slopes = []
+    for number in range(4):
+        nudged = cuts + _STEP * (np.arange(4) == number)
+        if number < 2:
+            change = (_resampling(nudged[:, :2], SIDE) - down) @ whole @ across.transpose(0, 2, 1)
+        else:
+            change = down @ whole @ (_resampling(nudged[:, 2:], SIDE) - across).transpose(0, 2, 1)
+        slopes.append(change.reshape(-1, SIDE**2) / _STEP)
+    slope = np.stack(slopes, axis=1)
+    rest = (part - down @ whole @ across.transpose(0, 2, 1)).reshape(-1, SIDE**2, 1)
+    normal = slope @ slope.transpose(0, 2, 1) + _STIFFNESS * np.eye(4)
+    step = np.linalg.solve(normal, slope @ rest)[:, :, 0]
+    return np.clip(cuts + np.clip(step, -START, START), 0, MOST_CUT)
+
+
+def _laid(planes: Planes, cuts: Planes, side: int) -> Planes:
+    """What is left of planes [n, side, side] when they are cut, as large again."""
+    return np.asarray(_resampling(cuts[:, :2], side) @ planes @ _resampling(cuts[:, 2:], side).transpose(0, 2, 1))
+
+
+def _resampling(cuts: Planes, side: int) -> Planes:
+    """[n, side, side]: values at `side` places between cuts [n, 2] of both ends, by cubic convolution (Keys 1981)."""
+    left = 1 - cuts.sum(axis=1)[:, None, None]
+    places = (cuts[:, 0, None, None] + left * ((np.arange(side) + 0.5) / side)[:, None]) * side - 0.5
+    apart = np.abs(places - np.arange(side))
+    near, far = (1.5 * apart - 2.5) * apart**2 + 1, ((-0.5 * apart + 2.5) * apart - 4) * apart + 2
+    weights = np.where(apart < 1, near, np.where(apart < 2, far, 0))
+    return np.asarray(weights / weights.sum(axis=2, keepdims=True))
+
+
+def _distance(first: Planes, second: Planes) -> NDArray[np.float64]:
+    """Root mean square difference of planes [n, 32, 32] without their outermost cells: [n]."""
+    return np.sqrt(((first - second)[:, 1:-1, 1:-1] ** 2).mean(axis=(1, 2)))
+
+
+def _smoothed(values: Planes) -> Planes:
+    """Means of 2 x 2 cells: [n, h, w] -> [n, h - 1, w - 1]."""
+    rows = values[:, 1:] + values[:, :-1]
+    return (rows[:, :, 1:] + rows[:, :, :-1]) / 4
+
+
+def _differing(first: Thumbnails, second: Thumbnails, tolerance: float) -> Flags:
+    """bool [n, 31, 31]: where two thumbnails differ by more than the tolerance."""
+    (grey, colours), (other, other_colours) = planes(first), planes(second)
+    tints = (np.abs(colours - other_colours) > tolerance).any(axis=1)
+    wide = tints.repeat(2, axis=1).repeat(2, axis=2)[:, : SIDE - 1, : SIDE - 1]
+    return np.asarray((np.abs(_smoothed(grey - other)) > tolerance) | wide)
+
+
+def _boxes(flags: Flags) -> Flags:
+    """The least box around the flags of each: [n, h, w]."""
+    spans = []
+    for axis in (2, 1):
+        seen = np.asarray(flags.any(axis=axis), np.uint8)
+        before, behind = np.maximum.accumulate(seen, axis=1), np.maximum.accumulate(seen[:, ::-1], axis=1)[:, ::-1]
+        spans.append(before & behind)
+    return np.asarray(spans[0][:, :, None] & spans[1][:, None, :], np.bool_)
+
+
+_MIDDLE = _resampling(np.full((1, 2), START), SIDE)[0]
