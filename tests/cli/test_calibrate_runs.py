@@ -18,13 +18,13 @@ from vlm_train.curation.calibration import COPIES
 from vlm_train.data.indexing import open_manifest
 
 FEW = ["--num-samples", "5", "--num-workers", "1"]
-RADII = (4,)
+TOLERANCE = 1.0
 
 
 @pytest.fixture(autouse=True)
-def one_radius(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes twelve searches."""
-    monkeypatch.setattr(calibrate, "RADII", RADII)
+    monkeypatch.setattr(calibrate, "TOLERANCES", {"near": (TOLERANCE,), "near with covered": (TOLERANCE,)})
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_it_measures_suggests_and_leaves_nothing_but_its_result(
     content = json.loads(Path("cal/calibration.json").read_text())
     assert content["manifest"] == open_manifest(str(data)).fingerprint and content["num_planted"] == 5
     near = content["rules"][0]
-    assert near["rule"] == "near" and [point["threshold"] for point in near["points"]] == list(RADII)
+    assert near["rule"] == "near" and [point["threshold"] for point in near["points"]] == [TOLERANCE]
     for point in near["points"]:
         assert set(point["kinds"]) == set(COPIES) and point["num_own_dropped"] == 2
         told_of = point["kinds"]["recompressed"]
         assert told_of["found"] + told_of["through_own"] >= 4  # of 5; two have a smaller copy among the user's own
         assert point["kinds"]["mirrored"]["found"] == 0
     assert {tuple(sorted((pair["row"], pair["like"]))) for pair in near["own_pairs"]} == {(0, 22), (1, 23)}
-    assert f"suggested: radius {near['suggested']:g}" in told and "mirrored (control)" in told
+    assert f"suggested: tolerance {near['suggested']:g}" in told and "mirrored (control)" in told
     document = Path("cal/calibration.html").read_text()
     parser = looked_at(document)
     assert parser.found == [] and parser.images == 4 * len(content["rules"]) and "<polyline" in document

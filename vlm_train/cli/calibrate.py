@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm_train.curation.chain import Work
     from vlm_train.data.sources.shards import ShardSource
 
-RADII = (0, 4, 8, 16)
+TOLERANCES = {"near": (0.25, 0.5, 1.0, 1.5, 2.0), "near with covered": (0.5, 1.0)}
 EPS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 PAGE = "calibration.html"
 
@@ -89,9 +89,10 @@ def _measured(planted: Planted, run: str | None, work: Work) -> list[dict[str, A
     from vlm_train.curation.dedup import NearDuplicates, SemanticDuplicates
 
     rules = []
-    for name, covered in (("near", False), ("near with covered", True)):
-        near = {float(radius): NearDuplicates(radius=radius, covered=covered) for radius in RADII}
-        rules.append(measured(planted, name, "radius", near, work=work))
+    for name, tolerances in TOLERANCES.items():
+        covered = name != "near"
+        near = {tolerance: NearDuplicates(tolerance=tolerance, covered=covered) for tolerance in tolerances}
+        rules.append(measured(planted, name, "tolerance", near, work=work))
     if run is not None:
         semantic = {eps: SemanticDuplicates(run=run, eps=eps) for eps in EPS}
         rules.append(measured(planted, "semantic", "eps", semantic, work=work))

@@ -53,10 +53,13 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            which samples count (and how often), by a condition on the manifest's columns
        vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
            tars to one FFCV file, or anything to tars
-       vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--selection DIR] [--num-workers 2]
+       vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--tolerance 1] [--covered yes|no] [--selection DIR]
+                                        [--num-workers 2] [--engine local|ray|slurm] [--ray-address HOST:PORT]
+                                        [--slurm partition=cpu,time=60]
                                         [--run RUN --eps 0.01 [--rule leader|paper] [--device NAME]]
-           a selection without samples whose image is a copy of another's, byte for byte or by its looks; with a run
-           also without those whose cosine with another is above 1 - eps (SemDeDup)
+           a selection without samples whose image is a copy of another's, byte for byte or by its looks (smaller,
+           compressed again, cropped; also covered in one place); with a run also without those whose cosine with
+           another is above 1 - eps (SemDeDup). Engines, here and below: processes, a Ray cluster, SLURM's job arrays
        vlm-train data prune SHARDS ... --out DIR [--preset datacomp-basic] [--min-side 200] [--max-side 4096]
                                         [--max-aspect 3] [--min-pixels N] [--max-pixels N] [--min-chars 6]
                                         [--max-chars N] [--min-words 3] [--max-words N] [--min-letters 0.5]
@@ -83,8 +86,8 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            keep; curation.steps.NAME.KEY=VALUE changes one, ~curation.steps.NAME leaves it out
        vlm-train data calibrate SHARDS ... --out DIR [--num-samples 500] [--precision 0.99] [--seed 0]
                                         [--num-workers 2] [--run RUN [--device NAME]]
-           how many copies dedup finds in your data at which radius (with a run also: eps), measured on copies that are
-           planted; a table, a suggestion and a page
+           how many copies dedup finds in your data at which tolerance, with a run also at which eps, measured on copies
+           that are planted; a table, a suggestion and a page
        vlm-train data report DIR SHARDS ... [--out report.html] [--calibration DIR]
            what dedup, prune, balance or curate did, as one page: what each rule dropped, with pictures; DIR is their
            folder

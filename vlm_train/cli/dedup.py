@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from vlm_train.curation.chain import Step
 
-_FINEST_EPS, _LARGEST_RADIUS = 1e-6, 16
+_FINEST_EPS, _LARGEST_RADIUS, _MOST_TOLERANCE = 1e-6, 16, 10
 _OF_A_RUN = ("--eps", "--rule", "--device")
 
 
@@ -22,6 +22,7 @@ def deduplicate(words: list[str]) -> None:
     known = {
         **curate.COMMON,
         "--radius": Option(whole(0, _LARGEST_RADIUS)),
+        "--tolerance": Option(number(0, _MOST_TOLERANCE)),
         "--covered": Option(choice("yes", "no"), "no"),
         "--run": Option(plain),
         "--eps": Option(number(_FINEST_EPS, 0.999)),
@@ -47,7 +48,9 @@ def _steps(options: Mapping[str, Any]) -> dict[str, Step]:
     from vlm_train.curation.dedup import NearDuplicates, SemanticDuplicates
 
     steps: dict[str, Step] = {
-        "copies": NearDuplicates(covered=options["--covered"] == "yes", **curate.given(options, "--radius"))
+        "copies": NearDuplicates(
+            covered=options["--covered"] == "yes", **curate.given(options, "--radius", "--tolerance")
+        )
     }
     if options["--run"] is not None:
         steps["semantic"] = SemanticDuplicates(**curate.given(options, "--run", "--eps", "--rule"))

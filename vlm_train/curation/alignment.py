@@ -10,6 +10,8 @@ cells are left out: a thumbnail is smoothed with what lies beyond its edge in on
 *Covered*: all that differs by more than `SAME_UNCOVERED` lies in one box of at most `MOST_COVERED` of the picture,
 fills `LEAST_FILLED` of it, and the rest has detail. An object that one of two pictures has and the other has not is no
 different from this.
+
+`tolerance` multiplies all of these levels; it is 1 where they were measured.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ Planes = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 
-def are_same(first: Thumbnails, second: Thumbnails) -> Flags:
+def are_same(first: Thumbnails, second: Thumbnails, tolerance: float = 1.0) -> Flags:
     """bool [n]: whether the pictures are the same, one by one."""
-    return np.asarray(~_differing(first, second, SAME).any(axis=(1, 2)))
+    return np.asarray(~_differing(first, second, SAME * tolerance).any(axis=(1, 2)))
 
 
-def are_covered(first: Thumbnails, second: Thumbnails) -> Flags:
+def are_covered(first: Thumbnails, second: Thumbnails, tolerance: float = 1.0) -> Flags:
     """bool [n]: whether the pictures are the same but for one box."""
-    differing = _differing(first, second, SAME_UNCOVERED)
+    differing = _differing(first, second, SAME_UNCOVERED * tolerance)
     inside = _boxes(differing)
     heights, widths = inside.any(axis=2).sum(axis=1), inside.any(axis=1).sum(axis=1)
     shares = np.maximum(heights - _SMEARED, 1) * np.maximum(widths - _SMEARED, 1) / SIDE**2
@@ -62,12 +64,13 @@ def are_covered(first: Thumbnails, second: Thumbnails) -> Flags:
     return inside.any(axis=(1, 2)) & (shares <= MOST_COVERED) & filled & has_detail
 
 
-def are_cropped(first: Thumbnails, second: Thumbnails) -> Flags:
+def are_cropped(first: Thumbnails, second: Thumbnails, tolerance: float = 1.0) -> Flags:
     """bool [n]: whether the second is the first with its edges cut off."""
     (whole, colours), (part, part_colours) = planes(first), planes(second)
     cuts = np.full((len(whole), 4), START)
-    rows = np.flatnonzero(_distance(_MIDDLE @ whole @ _MIDDLE.T, part) <= _HOPELESS[0])
-    for hopeless in _HOPELESS[1:]:
+    first_of_all, *then = (level * tolerance for level in _HOPELESS)
+    rows = np.flatnonzero(_distance(_MIDDLE @ whole @ _MIDDLE.T, part) <= first_of_all)
+    for hopeless in then:
         cuts[rows] = _moved(whole[rows], part[rows], cuts[rows])
         laid = _laid(whole[rows], cuts[rows], SIDE)
         rows = rows[_distance(laid, part[rows]) <= hopeless]
@@ -75,8 +78,8 @@ def are_cropped(first: Thumbnails, second: Thumbnails) -> Flags:
     tints = np.stack([_laid(colours[rows, tint], cuts[rows], COLOUR_SIDE) for tint in (0, 1)], axis=1)
     tints = (tints - part_colours[rows])[:, :, 1:-1, 1:-1]
     fits = cuts[rows].max(axis=1) >= LEAST_CUT
-    fits &= np.abs(differ).max(axis=(1, 2), initial=0) <= CROPPED
-    fits &= np.abs(tints).max(axis=(1, 2, 3), initial=0) <= CROPPED_COLOUR
+    fits &= np.abs(differ).max(axis=(1, 2), initial=0) <= CROPPED * tolerance
+    fits &= np.abs(tints).max(axis=(1, 2, 3), initial=0) <= CROPPED_COLOUR * tolerance
     are = np.zeros(len(whole), bool)
     are[rows[fits]] = True
     return are

@@ -25,16 +25,15 @@ from numpy.typing import NDArray
 from vlm_train.curation import fingerprints, kmeans, near, word_runs
 from vlm_train.curation.chain import Found, Settings, Work, uid_column
 from vlm_train.curation.columns import FINGERPRINT, add_columns, set_column
+from vlm_train.curation.limits import check_whole
 from vlm_train.data.home import write_whole
 from vlm_train.data.indexing import open_manifest
-from vlm_train.curation.limits import check_whole
 from vlm_train.data.manifest import Manifest, to_parquet
 from vlm_train.errors import ConfigError
 
 FILE, COLUMN = "hits.parquet", "contaminated_by"
 MODEL, TEXT = "model", "text"
-EXACT, NEAR = "exact", "near"
-RULES = (EXACT, NEAR, MODEL, TEXT)
+RULES = (near.EXACT, near.NEAR, MODEL, TEXT)
 _BLOCK, _MOST = 1024, 64  # a bit of a flag each
 
 Hits = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.str_], NDArray[np.float64]]
@@ -111,11 +110,11 @@ class Decontaminate:
 
     def _hits(self, manifest: Manifest, benchmark: Manifest, work: Work) -> Iterator[Hits]:
         add_columns(benchmark, FINGERPRINT, engine=work.engine, progress=work.ticking("samples of a benchmark"))
-        pairs = near.pairs_between(
+        shared = near.pairs_between(
             manifest, benchmark, radius=self.radius, workers=work.num_threads, ticking=work.ticking
         )
-        rules = np.where(pairs.is_exact, EXACT, NEAR)
-        yield pairs.rows[:, 0], pairs.rows[:, 1], rules, pairs.distance.astype(np.float64)
+        rules = np.where(shared.is_exact, near.EXACT, near.NEAR)
+        yield shared.rows[:, 0], shared.rows[:, 1], rules, shared.distance.astype(np.float64)
         if self.run is not None and self.min_cosine is not None:
             yield _by_model(manifest, benchmark, self.run, self.min_cosine, work)
         if self.num_words is not None:

@@ -11,28 +11,33 @@ from numpy.typing import NDArray
 from vlm_train.curation import alignment, candidates, fingerprints, kmeans, near, semantic
 from vlm_train.curation.chain import Found, Settings, Work
 from vlm_train.curation.columns import FINGERPRINT, add_columns
-from vlm_train.curation.limits import check_whole
+from vlm_train.curation.limits import check_number, check_whole
 from vlm_train.data.manifest import Manifest
 
 SEMANTIC = "semantic"
+MOST_TOLERANCE = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearDuplicates:
     """Pictures that are copies of others: by the rules of `near.find_copies`. The value of a row is the distance in
     bits of pHash. `radius`: bits of it within which any two pictures are compared. `covered`: whether pictures that
-    differ in one box alone are copies; drawings that differ by an expression are such pictures too."""
+    differ in one box alone are copies; drawings that differ by an expression are such pictures too. `tolerance`: how
+    much more than usual may differ; `vlm-train data calibrate` tells what that does to one's own data."""
 
     radius: int = near.RADIUS
     covered: bool = False
+    tolerance: float = 1.0
 
     def settings(self, work: Work) -> Settings:
         """See `Step`."""
         check_whole("radius", self.radius, low=0, high=near.MOST_BITS)
+        check_number("tolerance", self.tolerance, low=0, high=MOST_TOLERANCE)
         return {
             "fingerprints": fingerprints.VERSION,
             "rules": list(near.RULES[: 4 if self.covered else 3]),
             "radius": self.radius,
+            "tolerance": self.tolerance,
             "view_radius": candidates.VIEW_RADIUS,
             "bands": [candidates.NUM_BANDS, candidates.BAND_BITS],
             "least_quality": near.LEAST_QUALITY,
@@ -47,6 +52,7 @@ class NearDuplicates:
             among=among,
             radius=self.radius,
             covered=self.covered,
+            tolerance=self.tolerance,
             workers=work.num_threads,
             ticking=work.ticking,
         )

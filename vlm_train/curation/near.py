@@ -14,9 +14,10 @@ nor the number of workers decides.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ _COLUMNS = ("width", "height", "image_hash", "phash", "quality", "thumbnail_hash
 _MANY = 1 << 20  # copies
 _CHUNK = 512  # pairs whose thumbnails are compared at a time
 
+Test = Callable[[alignment.Thumbnails, alignment.Thumbnails], NDArray[np.uint8]]
+"""As `rules_of`."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
@@ -70,6 +74,7 @@ def find_copies(
     among: NDArray[np.bool_] | None = None,
     radius: int = RADIUS,
     covered: bool = False,
+    tolerance: float = 1.0,
     workers: int = 1,
     ticking: Ticking = lambda noun: lambda done, total: None,
 ) -> Copies:
@@ -84,6 +89,7 @@ def find_copies(
         among: bool [N], the rows that are compared; None is all.
         radius: bits of pHash within which pictures are candidates whatever their views say; 0 to 16.
         covered: whether the rule `covered` is used.
+        tolerance: how much thumbnails may differ, in multiples of what is measured (`alignment`).
         workers: threads; they change nothing but the time.
         ticking: of the search, and of the candidates that are compared.
 
@@ -97,7 +103,8 @@ def find_copies(
     pairs = candidates(
         manifest, heads, looks.phash[heads], radius=radius, with_strips=covered, workers=workers, ticking=ticking
     )
-    rules = np.concatenate([np.empty(0, np.uint8), *_compared(manifest, heads, pairs, covered, workers, ticking)])
+    test = partial(rules_of, covered=covered, tolerance=tolerance)
+    rules = np.concatenate([np.empty(0, np.uint8), *_compared(manifest, heads, pairs, test, workers, ticking)])
     pairs, rules = pairs[rules != _NONE], rules[rules != _NONE]
     chosen, rule = _settled(pairs, rules, manifest.uids(heads), looks.pixels[heads])
     kept, found = best.copy(), np.full(len(best), _NEAR, np.uint8)
@@ -141,7 +148,7 @@ def pairs_between(
         both, rows, looks.phash[rows], radius=radius, with_strips=False, workers=workers, ticking=ticking
     )
     pairs = pairs[(rows[pairs[:, 0]] < num) & (rows[pairs[:, 1]] >= num)]
-    rules = np.concatenate([np.empty(0, np.uint8), *_compared(both, rows, pairs, False, workers, ticking)])
+    rules = np.concatenate([np.empty(0, np.uint8), *_compared(both, rows, pairs, rules_of, workers, ticking)])
     seen, found = np.flatnonzero(looks.pixels > 0), [rows[pairs[rules != _NONE]]]
     order = seen[np.argsort(looks.images[seen], kind="stable")]
     ours, theirs = order[order < num], order[order >= num]
@@ -218,7 +225,7 @@ def _numbers(table: pa.Table, name: str, kind: type) -> NDArray[Any]:
 
 
 def _compared(
-    manifest: Parts, heads: NDArray[np.int64], pairs: Pairs, covered: bool, workers: int, ticking: Ticking
+    manifest: Parts, heads: NDArray[np.int64], pairs: Pairs, test: Test, workers: int, ticking: Ticking
 ) -> Iterator[NDArray[np.uint8]]:
     """The rule by which each pair of places in `heads` are copies, or `_NONE`, in blocks."""
     places = np.unique(pairs)
@@ -231,7 +238,7 @@ def _compared(
 
         def one(start: int) -> NDArray[np.uint8]:
             first, second = np.searchsorted(places, pairs[start : start + _CHUNK]).T
-            return rules_of(thumbnails[first], thumbnails[second], covered)
+            return test(thumbnails[first], thumbnails[second])
 
         for start in range(0, len(pairs), _CHUNK * workers):
             block = range(start, min(start + _CHUNK * workers, len(pairs)), _CHUNK)
@@ -239,14 +246,16 @@ def _compared(
             progress(min(start + _CHUNK * workers, len(pairs)), len(pairs))
 
 
-def rules_of(first: alignment.Thumbnails, second: alignment.Thumbnails, covered: bool) -> NDArray[np.uint8]:
+def rules_of(
+    first: alignment.Thumbnails, second: alignment.Thumbnails, covered: bool = False, tolerance: float = 1.0
+) -> NDArray[np.uint8]:
     """Place in `RULES` of the first rule by which thumbnails are copies, one by one, 255 where none does."""
     rules, rows = np.full(len(first), _NONE, np.uint8), np.arange(len(first))
     tests = [(_NEAR, alignment.are_same, False), (_CROPPED, alignment.are_cropped, False)]
     tests += [(_CROPPED, alignment.are_cropped, True), *[(_COVERED, alignment.are_covered, False)] * covered]
     for rule, test, is_turned in tests:
         one, two = (second, first) if is_turned else (first, second)
-        holds = test(one[rows], two[rows])
+        holds = test(one[rows], two[rows], tolerance)
         rules[rows[holds]] = rule
         rows = rows[~holds]
     return rules
