@@ -173,7 +173,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm_train.cli.walk.choose_checkpoint", lambda run, path: Nothing())
     monkeypatch.setattr("vlm_train.cli.walk.write_walk", lambda *args, **kwargs: None)
     monkeypatch.setattr("vlm_train.cli.recaption.write_table", lambda *args: None)
-    monkeypatch.setattr("vlm_train.cli.curate.write_selection", lambda *args: None)
+    told = [{"facts": {"benchmarks": {}}}]
+    monkeypatch.setattr("vlm_train.cli.curate.write_selection", lambda *args: told)
     monkeypatch.setattr("vlm_train.cli.calibrate.write_calibration", lambda *args: None)
     monkeypatch.setattr("vlm_train.cli.curation_report.write_report", lambda *args: None)
     monkeypatch.setattr("vlm_train.data.verify.verify", lambda *args, mode, **kwargs: Verdict(mode, 0, 0, 0))

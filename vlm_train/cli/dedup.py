@@ -47,11 +47,8 @@ def _check(options: Mapping[str, Any]) -> None:
 def _steps(options: Mapping[str, Any]) -> dict[str, Step]:
     from vlm_train.curation.dedup import NearDuplicates, SemanticDuplicates
 
-    steps: dict[str, Step] = {
-        "copies": NearDuplicates(
-            covered=options["--covered"] == "yes", **curate.given(options, "--radius", "--tolerance")
-        )
-    }
+    looks = curate.given(options, "--radius", "--tolerance")
+    steps: dict[str, Step] = {"copies": NearDuplicates(covered=options["--covered"] == "yes", **looks)}
     if options["--run"] is not None:
         steps["semantic"] = SemanticDuplicates(**curate.given(options, "--run", "--eps", "--rule"))
     return steps
