@@ -1,6 +1,6 @@
 """Curated data teaches more: a model on all samples, on those that curation keeps, and on those that are known clean.
 
-    python scripts/proof/curation_pays.py          MINUTES on two cores: one seed
+    python scripts/proof/curation_pays.py          25 minutes on two cores: one seed
     python scripts/proof/curation_pays.py --full   three seeds
 
 Of openmoji's drawings a fifth gets the caption of another, and half come a second time, as a smaller picture or a JPEG
@@ -23,6 +23,7 @@ from pathlib import Path
 import _runs
 import numpy as np
 from _table import Row, arguments, report
+from numpy.typing import NDArray
 from PIL import Image
 
 from vlm_train.curation.calibration import recompressed, resized
@@ -90,10 +91,11 @@ def plant(folder: Path) -> None:
 
 
 def selections(folder: Path) -> dict[str, tuple[int, float, float]]:
-    """By name of a selection that is written: its size, and the shares of it that are planted copies and false."""
+    """By name of a selection that is written: its size, and the shares of it that are copies of others there and false."""
     manifest = open_manifest(str(folder / SHARDS))
     keys = manifest.table(["key"])["key"].to_pylist()
     is_copy = np.array(["-copy" in key for key in keys])
+    origin = np.array([int(key[:5]) for key in keys])
     is_false = np.array([key.endswith("-false") for key in keys])
     curated = Selection.load(folder / "curated", manifest.fingerprint).mask()
     drawn = np.zeros(len(keys), bool)
@@ -101,7 +103,12 @@ def selections(folder: Path) -> dict[str, tuple[int, float, float]]:
     masks = {"all": np.ones(len(keys), bool), "by chance": drawn, "curated": curated, "clean": ~(is_copy | is_false)}
     for name, mask in masks.items():
         Selection.from_mask(mask, manifest=manifest.fingerprint).save(folder / name)
-    return {name: (int(mask.sum()), is_copy[mask].mean(), is_false[mask].mean()) for name, mask in masks.items()}
+    return {name: (int(mask.sum()), _twice(origin[mask]), is_false[mask].mean()) for name, mask in masks.items()}
+
+
+def _twice(origin: NDArray[np.int64]) -> float:
+    """The share of samples before which one of the same origin stands."""
+    return 1 - len(np.unique(origin)) / len(origin)
 
 
 def learned(folder: Path, name: str, seed: int) -> Curve:
