@@ -91,7 +91,7 @@ def plant(folder: Path) -> None:
 
 
 def selections(folder: Path) -> dict[str, tuple[int, float, float]]:
-    """By name of a selection that is written: its size, and the shares of it that are copies of others there and false."""
+    """By name of a written selection: its size, and the shares of it that are copies of others in it, and false."""
     manifest = open_manifest(str(folder / SHARDS))
     keys = manifest.table(["key"])["key"].to_pylist()
     is_copy = np.array(["-copy" in key for key in keys])
