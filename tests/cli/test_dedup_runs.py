@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vlm_train.cli.main import main
-from vlm_train.curation import columns
+from vlm_train.curation import columns, semantic
 from vlm_train.curation.engines import Local
 from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.indexing import open_manifest
@@ -161,6 +161,15 @@ def test_a_model_drops_what_means_the_same_and_training_takes_it(
         of_dropped[name] = sum(row["like"] in dropped for row in rows)
     assert of_dropped["leader"] == 0 < of_dropped["paper"]
     assert kept["paper"] <= kept["leader"] < kept["fine"] <= num - 2 * NUM_COPIES + 2
+    # another eps is read from what was stored: nothing is compared again
+    with monkeypatch.context() as patched:
+        patched.setattr(semantic, "nearest_of", None)
+        assert main([*common, "--out", "paper", "--eps", "1e-6", "--rule", "paper"]) == 0
+    assert main([*common, "--out", "fresh", "--eps", "1e-6", "--rule", "paper"]) == 0
+    paper, fresh = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("paper", "fresh")
+    )
+    assert paper == fresh and "similarities.parquet" in fresh
     words = _runs.train_words(scenes, "run.dir=after", f"data.train.shards={data}", "data.selection=fine", *few)
     _runs.call(tmp_path, words)
     rows = _runs.rows(tmp_path / "after")

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlm_train.curation.chain import Ticking
 from vlm_train.curation.hamming import pairs_within
 from vlm_train.curation.hamming_passes import Pass, Words
 from vlm_train.curation.views import BITS, CODES_BYTES, MIDDLE, STRIPS, WHOLE
@@ -45,9 +46,6 @@ class Parts(Protocol):
 
     def part(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """The rows of one shard."""
-
-
-Ticking = Callable[[str], Callable[[int, int], None]]
 
 
 def candidates(

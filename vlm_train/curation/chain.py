@@ -109,6 +109,7 @@ def run_chain(
     kept = np.ones(len(manifest), bool) if among is None else among.mask()
     told, tables = [], []
     settings = {name: step.settings(work) for name, step in steps.items()}  # refused before any of them works
+    out.mkdir(parents=True, exist_ok=True)
     for name, step in steps.items():
         num_before = int(kept.sum())
         table = _whole(manifest, out / STEPS / f"{name}.parquet", kept, step, settings[name], work)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vlm_train.curation import fingerprints, kmeans, near, word_runs
+from vlm_train.curation import alignment, fingerprints, kmeans, near, word_runs
 from vlm_train.curation.chain import Found, Settings, Work, uid_column
 from vlm_train.curation.columns import FINGERPRINT, add_columns, set_column
 from vlm_train.curation.limits import check_whole
@@ -61,6 +61,7 @@ class Decontaminate:
             "against": {name: open_manifest(shards).fingerprint for name, shards in sorted(self.against.items())},
             "drop": sorted(self.drop),
             "fingerprints": fingerprints.VERSION,
+            "alignment": alignment.VERSION,
             "radius": self.radius,
             "num_words": self.num_words,
             "model": None if self.run is None else work.models.identity(self.run),

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.curation import alignment, candidates, fingerprints, kmeans, near, semantic
-from vlm_train.curation.chain import Found, Settings, Work
+from vlm_train.curation.chain import Found, Settings, Work, uid_column
 from vlm_train.curation.columns import FINGERPRINT, add_columns
 from vlm_train.curation.limits import check_number, check_whole
-from vlm_train.data.manifest import Manifest
+from vlm_train.data.home import write_whole
+from vlm_train.data.manifest import Manifest, to_parquet
 
 SEMANTIC = "semantic"
 MOST_TOLERANCE = 10.0
+SIMILARITIES = "similarities.parquet"
+_STAMP = b"vlm_train stamp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,12 @@ class NearDuplicates:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SemanticDuplicates:
     """Pictures whose cosine with another, which is the value of a row, is above 1 - `eps` in the eyes of `run`; `rule`:
-    see `semantic`. By `paper` the row for which one goes may be dropped itself. No value of eps suits all models."""
+    see `semantic`. By `paper` the row for which one goes may be dropped itself. No value of eps suits all models.
+
+    By `paper` the folder also has `similarities.parquet`: of each row that was compared its `uid`, `match`, the uid of
+    the nearest that stands before it (null of one that stands first), and their cosine `similarity`. Another eps is
+    read from it.
+    """
 
     run: str
     eps: float
@@ -82,14 +94,40 @@ class SemanticDuplicates:
         rows, features = embedded.rows[places], embedded.features[places]
         if not len(rows):
             return Found(rows, np.empty(0, "U8"), rows, np.empty(0))
-        uids = manifest.uids(rows)
-        clusters = kmeans.spherical(features, uids)
         if self.rule == "leader":
-            pairs = semantic.pairs_of(features, uids, clusters, self.eps)
+            uids = manifest.uids(rows)
+            pairs = semantic.pairs_of(features, uids, kmeans.spherical(features, uids), self.eps)
             removed = semantic.removed_by_leaders(pairs, len(rows))
             nearest = semantic.nearest_leaders(features, pairs, removed)
         else:
-            nearest = semantic.nearest_of(features, uids, clusters)
+            nearest = _nearest(manifest, rows, features, work, self.settings(work)["model"])
             removed = nearest.removed(self.eps)
         dropped, like = rows[removed], rows[nearest.match[removed]]
         return Found(dropped, np.full(len(dropped), SEMANTIC), like, nearest.similarity[removed].astype(np.float64))
+
+
+def _nearest(
+    manifest: Manifest, rows: NDArray[np.int64], features: NDArray[np.float32], work: Work, model: str
+) -> semantic.Nearest:
+    """Of each of `rows` the nearest before it: as it was written of these rows and this model, or found and written."""
+    path = work.folder / SIMILARITIES
+    stamp = hashlib.sha256(f"{manifest.fingerprint} {model} ".encode() + rows.tobytes()).hexdigest().encode()
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if (file.schema_arrow.metadata or {}).get(_STAMP) == stamp:
+                table = file.read(["place", "similarity"])
+                match = table["place"].fill_null(-1).to_numpy()
+                return semantic.Nearest(similarity=table["similarity"].fill_null(-math.inf).to_numpy(), match=match)
+    except (OSError, pa.ArrowException):
+        pass  # not there, or not whole
+    uids = manifest.uids(rows)
+    nearest = semantic.nearest_of(features, uids, kmeans.spherical(features, uids))
+    stands_first = nearest.match < 0
+    columns = {
+        "uid": uid_column(uids),
+        "match": pa.array(uid_column(uids[np.maximum(nearest.match, 0)]).to_pylist(), pa.binary(16), mask=stands_first),
+        "place": pa.array(nearest.match, mask=stands_first),  # of the match, among these rows
+        "similarity": pa.array(nearest.similarity, mask=stands_first),
+    }
+    write_whole(path, to_parquet(pa.table(columns).replace_schema_metadata({_STAMP: stamp})))
+    return nearest

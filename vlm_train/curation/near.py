@@ -26,7 +26,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlm_train.curation import alignment
-from vlm_train.curation.candidates import Pairs, Parts, Ticking, candidates, column_of
+from vlm_train.curation.candidates import Pairs, Parts, candidates, column_of
+from vlm_train.curation.chain import Ticking
 from vlm_train.curation.clusters import canonical, components
 from vlm_train.curation.views import THUMBNAIL_BYTES
 from vlm_train.data.manifest import Manifest
