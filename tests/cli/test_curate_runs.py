@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlm_train.cli.compose import composed
+from vlm_train.cli.curate import alone
 from vlm_train.cli.curation_config import _check, _curation
 from vlm_train.cli.main import main
 from vlm_train.cli.paths import conf_dir, groups, headline
@@ -70,10 +71,14 @@ def facts(folder: str) -> dict:
         (["shards=a", "out=b", "~curation.steps.copies"], "has steps"),
         (["shards=a", "out=b", "curation.engin=ray"], "curation.engine"),
         (["shards=a", "out=b", "curation.steps.copies.radus=4"], "curation.steps.copies.radius"),
+        (["shards=a", "out=b", "curation.steps.copies.tolerance=2"], "+curation.steps.copies.tolerance=..."),
         (["shards=a", "out=b", "curation.steps.copies.radius=four"], "int"),
         (["shards=HERE", "out=b", "curation.steps.copies.radius=99"], "from 0 to 16"),
         (["shards=a", "out=b", "curation=copes"], "curation=copies"),
         (["shards=nowhere", "out=b"], "nowhere"),
+        (["shards=5", "out=b"], "no places"),
+        (["shards=HERE", "out=b", "+curation.steps.x={_target_: vlm_train.curation.engines.Local}"], "is no step"),
+        (["shards=HERE", "out=HERE"], "folder of the shards"),
         (["shards=a", "out=b", "+curation.steps.x=1"], "has steps"),
     ],
 )
@@ -90,6 +95,23 @@ def test_what_cannot_be_meant_is_refused(
     told = capsys.readouterr().err
     assert said in told and "remedy" in told
     assert not Path("b").exists()
+
+
+def test_one_command_at_a_time_and_what_is_not_ours_stays(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "curate", f"shards={scenes / 'train'}", "out=b"]
+    Path("b/steps").mkdir(parents=True)
+    Path("b/steps/mine.parquet").write_text("precious")
+    with alone(Path("b")):
+        assert main(words) == 2
+        assert "another command" in capsys.readouterr().err
+    assert main(words) == 0 and Path("b/steps/mine.parquet").read_text() == "precious"
+    assert main([*words, "selection=b"]) == 2 and "less each time" in capsys.readouterr().err
+    assert main(["data", "report", "b", str(scenes / "train"), "--out", "b/selection.npy"]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert main(["data", "report", "b", str(scenes / "train"), "--out", "b/page.html"]) == 0
 
 
 def test_a_selection_of_nothing_and_a_name_that_is_none_are_refused_before_work(

@@ -84,13 +84,34 @@ def test_leaks_are_told_flagged_and_dropped_by_rule(
     assert Selection.load("clean", manifest.fingerprint).content.num_kept() == 59
 
 
+def test_what_another_command_overwrote_is_found_again(
+    leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours, manifest = str(leaky / "ours" / "train"), open_manifest(str(leaky / "ours" / "train"))
+    first, second = (f"--against={name}={leaky / name / 'train'}" for name in ("first", "second"))
+
+    def flags(*words: str) -> list[str | None]:
+        assert main(["data", "decontaminate", ours, *words]) == 0
+        return manifest.table(["contaminated_by"])["contaminated_by"].to_pylist()
+
+    told = flags(first, "--out", "one")
+    assert flags(second, "--out", "two") != told == flags(first, "--out", "one")
+    Path("one/hits.parquet").unlink()
+    before = [part.stat().st_mtime_ns for part in manifest.parts]
+    assert flags(first, "--out", "one") == told and Path("one/hits.parquet").is_file()
+    after = [part.stat().st_mtime_ns for part in manifest.parts]
+    assert flags(first, "--out", "one") == told and before != after  # all of it is there: nothing is done again
+    assert [part.stat().st_mtime_ns for part in manifest.parts] == after
+
+
 def test_a_model_finds_them_and_order_decides_nothing(
     leaky: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     few = ("trainer.max_steps=8", "trainer.accelerator=cpu", "data.num_workers=0", "evaluation=none")
     _runs.call(tmp_path, _runs.train_words(scenes, "run.dir=run", *few))
-    model = ["--run", "run", "--device", "cpu", "--num-words", "0", "--drop", "model"]
+    model = ["--run", "run", "--device", "cpu", "--num-words", "0", "--drop", "model", "--num-workers", "1"]
     words = ["data", "decontaminate", "--against", f"first={leaky / 'first' / 'train'}", *model]
     found = {}
     shards = [str(leaky / "ours" / "train" / f"{shard:05d}.tar") for shard in range(3)]
@@ -118,7 +139,10 @@ def test_a_model_finds_them_and_order_decides_nothing(
         (["--against", "coco=HERE", "--drop", "looks"], "--drop"),
         (["--against", "coco=HERE", "--run", "r"], "min_cosine"),
         (["--against", "coco=HERE", "--min-cosine", "0.5"], "min_cosine"),
-        (["--against", "co co=HERE"], "'co co'"),
+        (["--against", "co co=HERE"], "co co"),
+        (["--against", "coco=HERE", "--drop", "model"], "nothing can be dropped"),
+        (["--against", "coco=HERE", "--drop", "text", "--num-words", "0"], "nothing can be dropped"),
+        (["--against", "coco=HERE", "--device", "cpu"], "--device"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

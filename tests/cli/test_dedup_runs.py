@@ -143,7 +143,7 @@ def test_a_model_drops_what_means_the_same_and_training_takes_it(
     monkeypatch.chdir(tmp_path)
     few = ("trainer.max_steps=8", "trainer.accelerator=cpu", "data.num_workers=0", "evaluation=none")
     _runs.call(tmp_path, _runs.train_words(scenes, "run.dir=run", *few))
-    common = ["data", "dedup", str(data), "--run", "run", "--device", "cpu"]
+    common = ["data", "dedup", str(data), "--run", "run", "--device", "cpu", "--num-workers", "1"]
     kept, of_dropped, num = {}, {}, len(open_manifest(str(data)))
     for name, extra in {"fine": ["--eps", "1e-6"], "paper": ["--eps", "1e-3", "--rule", "paper"],
                         "leader": ["--eps", "1e-3"]}.items():  # fmt: skip

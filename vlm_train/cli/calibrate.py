@@ -8,7 +8,7 @@ import shutil
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from vlm_train.cli.curate import COMMON
+from vlm_train.cli.curate import COMMON, alone
 from vlm_train.cli.options import Option, arguments, count, needed, plain, share, whole
 from vlm_train.cli.progress import Ticker
 from vlm_train.errors import ConfigError
@@ -43,7 +43,8 @@ def calibrate(words: list[str]) -> None:
     if options["--device"] is not None and options["--run"] is None:
         raise ConfigError("--device is about embeddings, and there are none", got="--device without --run",
                           allowed="--run RUN beside it", remedy="add --run RUN, or leave out --device")  # fmt: skip
-    write_calibration(shards, options)
+    with alone(options["--out"]):
+        write_calibration(shards, options)
 
 
 def write_calibration(shards: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from vlm_train.cli.overrides import is_group, not_taken_out, read, split_config_
 from vlm_train.cli.paths import conf_dir, groups
 from vlm_train.errors import ConfigError, VlmError, nearest
 from vlm_train.schema import Config, check, flatten
+from vlm_train.signatures import signature_of
 
 
 def compose_config(words: Sequence[str], *, checked: bool = True) -> DictConfig:
@@ -143,11 +144,16 @@ def _explain_choice(error: Exception) -> ConfigError:
 def _explain_key(key: str, group_overrides: list[str], compose_root: Callable[[list[str]], DictConfig]) -> ConfigError:
     try:
         config: Any = OmegaConf.to_container(compose_root(group_overrides), resolve=False)
-        known = list(flatten(config))
+        known = [name for name in flatten(config) if not name.endswith("._target_")]
         parents = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
         close = nearest(key, [*known, *parents, *groups()])
+        node, _, last = key.rpartition(".")
+        target = OmegaConf.select(OmegaConf.create(config), f"{node}._target_")
     except Exception:  # as above; a wrong key can be told without the nearest one
-        close = []
+        close, target, last = [], None, ""
+    if target and last in {parameter.name for parameter in signature_of(target)}:
+        return ConfigError(f"the config does not have {key} yet", got=key, allowed=f"+KEY=VALUE of what {target} takes",
+                          remedy=f"+{key}=...")  # fmt: skip
     remedy = (
         f"{close[0]}=... (defined in {defining_file(close[0])})"
         if close

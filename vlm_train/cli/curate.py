@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,15 @@ from vlm_train.cli import engines
 from vlm_train.cli.options import Option, local, out_folder, plain
 from vlm_train.cli.progress import Ticker
 from vlm_train.cli.tables import table
+from vlm_train.errors import ConfigError
+from vlm_train.locations import is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from vlm_train.curation.chain import Step
 
+_LOCK = ".lock"
 COMMON = {
     "--out": Option(out_folder),
     "--selection": Option(local),
@@ -40,8 +45,9 @@ def write_selection(
     from vlm_train.data.selection import Selection
 
     chain, out, cores = steps(), options["--out"], len(os.sched_getaffinity(0))
-    with engines.opened(options, out) as engine:
-        manifest, chosen = open_manifest(shards, progress=Ticker("MB indexed")), options["--selection"]
+    manifest, chosen = open_manifest(shards, progress=Ticker("MB indexed")), options["--selection"]
+    _check_places(out, manifest.shards, chosen)
+    with alone(out), engines.opened(options, out) as engine:
         among = None if chosen is None else Selection.load(chosen, manifest.fingerprint)
         work = Work(
             engine=engine,
@@ -54,6 +60,38 @@ def write_selection(
     told: list[dict[str, Any]] = selection.provenance["steps"]
     _tell(told, selection.content.num_kept(), len(manifest), out)
     return told
+
+
+def _check_places(out: Path, shards: Sequence[str], chosen: Path | None) -> None:
+    if chosen is not None and chosen.resolve() == out.resolve():
+        raise ConfigError("--out is the selection to begin with, and would have less each time", got=out,
+                          allowed="another folder", remedy=f"--out {out}-2")  # fmt: skip
+    if any(Path(shard).absolute().parent == out.absolute() for shard in shards if not is_remote(shard)):
+        raise ConfigError("--out is the folder of the shards", got=out, allowed="a folder of its own",
+                          remedy="--out selections/NAME")  # fmt: skip
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other commands out of a folder, which is made; one that is refused leaves none behind.
+
+    Raises:
+        ConfigError: another command has it.
+    """
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / _LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{out} is being written by another command", got="two at once", allowed="one",
+                              remedy="wait for it, or choose another --out") from None  # fmt: skip
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in out.iterdir()] == [_LOCK]:
+                (out / _LOCK).unlink()
+                out.rmdir()
 
 
 def _tell(steps: Sequence[Mapping[str, Any]], num_kept: int, num: int, out: Path) -> None:

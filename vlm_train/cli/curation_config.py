@@ -72,8 +72,15 @@ def main(words: list[str]) -> None:
         "--device": config.device,
         **engines.options_of(plain(config.curation)),
     }
-    shards = plain(config.shards)
-    curate.write_selection([shards] if isinstance(shards, str) else shards, lambda: _steps(config), options)
+    curate.write_selection(_listed(plain(config.shards)), lambda: _steps(config), options)
+
+
+def _listed(shards: Any) -> list[str]:
+    listed = [shards] if isinstance(shards, str) else shards
+    if not isinstance(listed, list) or not listed or not all(isinstance(shard, str) for shard in listed):
+        raise ConfigError("shards are no places", got=shards, allowed="a text, or a list of texts",
+                          remedy="shards=data/openmoji/train")  # fmt: skip
+    return listed
 
 
 def _curation(overrides: list[str]) -> DictConfig:
@@ -95,5 +102,11 @@ def _check(config: DictConfig) -> None:
 
 def _steps(config: DictConfig) -> dict[str, Step]:
     from vlm_train import build
+    from vlm_train.curation.chain import Step
 
-    return {str(name): build.make(step) for name, step in config.curation.steps.items()}
+    steps = {str(name): build.make(step) for name, step in config.curation.steps.items()}
+    if wrong := [name for name, step in steps.items() if not isinstance(step, Step)]:
+        raise ConfigError(f"curation.steps.{wrong[0]} is no step", got=config.curation.steps[wrong[0]]._target_,
+                          allowed="a step, such as vlm_train.curation.rules.ImageRules",
+                          remedy="docs/curation.md lists them")  # fmt: skip
+    return steps

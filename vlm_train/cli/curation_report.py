@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.options import Option, apart, arguments, local, out_file, plain
 from vlm_train.cli.progress import Ticker
+from vlm_train.errors import ConfigError
 from vlm_train.locations import is_remote, scrubbed
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def write_report(folder: Path, shards: Sequence[str], out: Path, calibration: Pa
     open_manifest(shards, progress=Ticker("MB indexed"))
     source = ShardSource(shards=shards)
     apart("--out", out, [shard for shard in source.manifest.shards if not is_remote(shard)])
+    if out.exists() and out.suffix != ".html" and out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError("--out would overwrite a file of the selection", got=out, allowed="a file of its own",
+                          remedy=f"--out {folder / 'report.html'}")  # fmt: skip
     report, content = examine(folder, source), _calibration(folder, calibration)
     if content is not None and content["manifest"] != report.manifest:
         print("the calibration is of other data: its pictures are left out")

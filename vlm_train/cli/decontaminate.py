@@ -32,6 +32,9 @@ def decontaminate(words: list[str]) -> None:
     }
     shards, options = arguments(words, {"SHARDS": plain}, known, many=True)
     needed(options, "--out", "DIR")
+    if options["--device"] is not None and options["--run"] is None:
+        raise ConfigError("--device is where a model runs", got="--device without --run", allowed="--run RUN beside it",
+                          remedy="add --run RUN --min-cosine 0.9, or leave out --device")  # fmt: skip
     (step,) = curate.write_selection(shards, lambda: _steps(options), options)
     _tell(step["facts"]["benchmarks"], options["--out"])
 

@@ -143,10 +143,10 @@ def _different(keys: NDArray[np.uint64], uids: NDArray[np.uint8]) -> tuple[NDArr
 
 
 def _keys(part: CaptionPart) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """(64-bit hashes of the normalised captions, whether there is one)."""
-    captions = part.captions()
-    digests = [hashlib.blake2b(texts.normalised(text or "").encode(), digest_size=8).digest() for text in captions]
-    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64), np.array([text is not None for text in captions])
+    """(64-bit hashes of the normalised captions, whether there is one; punctuation alone is none)."""
+    written = [texts.normalised(text or "") for text in part.captions()]
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in written]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64), np.array([text != "" for text in written])
 
 
 def _bands(part: CaptionPart) -> NDArray[np.uint32]:

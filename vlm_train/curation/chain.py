@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,7 @@ class Work:
     folder: Path
 
 
+@runtime_checkable
 class Step(Protocol):
     """One step of a chain."""
 
@@ -82,6 +83,14 @@ class Step(Protocol):
 
     def find(self, manifest: Manifest, among: NDArray[np.bool_], work: Work) -> Found:
         """What goes of the rows `among` [N]. Raises what the work raises."""
+
+
+@runtime_checkable
+class Leaves(Protocol):
+    """A step that leaves more than its table, of which a chain has one at most: the next would write over it."""
+
+    def is_there(self, manifest: Manifest, work: Work) -> bool:
+        """Whether what it left is there, and its own. If not it is run again."""
 
 
 def run_chain(
@@ -100,11 +109,16 @@ def run_chain(
         among: the rows to begin with; None is all.
 
     Raises:
-        ConfigError: a name that is no name of a file; and as the steps do.
+        ConfigError: a name that is no name of a file, two steps that leave the same; and as the steps do.
         DataError: as the steps do.
     """
     if wrong := [name for name in steps if not re.fullmatch(r"\w[\w-]*", name)]:
-        raise ConfigError("a step cannot be called so", got=wrong[0], allowed="letters, digits, _ and -")
+        raise ConfigError("a step cannot be called so", got=wrong[0], allowed="letters, digits, _ and -",
+                          remedy="call it otherwise: curation.steps.NAME")  # fmt: skip
+    kinds = [type(step).__name__ for step in steps.values() if isinstance(step, Leaves)]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError("two steps of a chain would write over each other", got=f"{len(kinds)} x {kinds[0]}",
+                          allowed="one of it", remedy="give one of them all that they look for")  # fmt: skip
     out = work.folder
     kept = np.ones(len(manifest), bool) if among is None else among.mask()
     told, tables = [], []
@@ -125,9 +139,17 @@ def run_chain(
     write_whole(out / FILE, to_parquet(pa.concat_tables(tables)))
     selection.save(out)
     for path in (out / STEPS).glob("*.parquet"):
-        if path.stem not in steps:
+        if path.stem not in steps and _is_own(path):
             path.unlink()
     return selection
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is that of a step."""
+    try:
+        return _STAMP in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _whole(
@@ -138,7 +160,8 @@ def _whole(
     stamp = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest().encode()
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if (file.schema_arrow.metadata or {}).get(_STAMP) == stamp:
+            is_whole = (file.schema_arrow.metadata or {}).get(_STAMP) == stamp
+            if is_whole and (not isinstance(step, Leaves) or step.is_there(manifest, work)):
                 return file.read()
     except (OSError, pa.ArrowException):
         pass  # not there, or not whole

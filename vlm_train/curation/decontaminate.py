@@ -1,7 +1,7 @@
 """Samples that are those of a benchmark too: by their pictures, by what a model makes of these, and by their texts.
 
-What is found is told per benchmark and flagged, in the column `contaminated_by` of the manifest; it is dropped only by
-the rules that the user names. In the folder of the selection:
+What is found is told per benchmark and flagged, in the column `contaminated_by` of the manifest, which is that of the
+last command; it is dropped only by the rules that the user names. In the folder of the selection:
 
     hits.parquet    benchmark, rule, uid of the sample, hit (uid of the sample of the benchmark), value
 
@@ -13,6 +13,9 @@ words of a caption or a turn of a dialogue is in the benchmark too (`word_runs`)
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.curation import alignment, fingerprints, kmeans, near, word_runs
@@ -34,6 +38,7 @@ from vlm_train.errors import ConfigError
 FILE, COLUMN = "hits.parquet", "contaminated_by"
 MODEL, TEXT = "model", "text"
 RULES = (near.EXACT, near.NEAR, MODEL, TEXT)
+_MARK = b"vlm_train"
 _BLOCK, _MOST = 1024, 64  # a bit of a flag each
 
 Hits = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.str_], NDArray[np.float64]]
@@ -72,19 +77,29 @@ class Decontaminate:
         if not 0 < len(self.against) <= _MOST:
             raise ConfigError("there are benchmarks to look for", got=len(self.against), allowed=f"1 to {_MOST}",
                               remedy="--against coco=data/coco/val")  # fmt: skip
-        if wrong := [name for name in self.against if not name or set(name) & set(" \t\n/")]:
+        if wrong := [name for name in self.against if not re.fullmatch(r"[^\s/]+", str(name))]:
             raise ConfigError("a benchmark cannot be called so", got=repr(wrong[0]), allowed="a word",
                               remedy="--against coco=data/coco/val")  # fmt: skip
+        if strange := [shards for shards in self.against.values() if not _are_shards(shards)]:
+            raise ConfigError("a benchmark has shards", got=strange[0], allowed="a text, or a list of texts",
+                              remedy="{coco: data/coco/val}")  # fmt: skip
         if wrong := sorted(set(self.drop) - set(RULES)):
             raise ConfigError("no such rule to drop by", got=wrong[0], allowed=", ".join(RULES), remedy="--drop exact")
         if self.num_words is not None and self.num_words < 1:
-            raise ConfigError("a run of words has words", got=self.num_words, allowed="1 or more, or null")
+            raise ConfigError("a run of words has words", got=self.num_words, allowed="1 or more, or null",
+                              remedy="num_words: 13")  # fmt: skip
         if (self.run is None) != (self.min_cosine is None):
             raise ConfigError("a model says how alike pictures are, and min_cosine how alike is too much",
-                              got="one of them", allowed="both, or neither",
+                              got=f"run {self.run} and min_cosine {self.min_cosine}", allowed="both, or neither",
                               remedy="--run RUN --min-cosine 0.9")  # fmt: skip
         if self.min_cosine is not None and not 0 < self.min_cosine <= 1:
-            raise ConfigError("min_cosine is out of range", got=self.min_cosine, allowed="above 0, up to 1")
+            raise ConfigError("min_cosine is out of range", got=self.min_cosine, allowed="above 0, up to 1",
+                              remedy="min_cosine: 0.9")  # fmt: skip
+        asleep = [name for name, looks in ((MODEL, self.run), (TEXT, self.num_words)) if looks is None]
+        if wrong := sorted(set(self.drop) & set(asleep)):
+            raise ConfigError(f"nothing is looked at by the rule {wrong[0]}, so nothing can be dropped by it",
+                              got=f"drop {wrong[0]}", allowed="model with a run, text with num_words",
+                              remedy="--run RUN --min-cosine 0.9, or --num-words 13")  # fmt: skip
 
     def find(self, manifest: Manifest, among: NDArray[np.bool_], work: Work) -> Found:
         """See `Step`."""
@@ -103,11 +118,27 @@ class Decontaminate:
             }
             chosen = among[rows] & np.isin(rules, list(self.drop))
             dropped.append((rows[chosen], others[chosen], rules[chosen], values[chosen]))
-        write_whole(work.folder / FILE, to_parquet(pa.concat_tables(tables)))
-        set_column(manifest, pa.field(COLUMN, pa.string()), partial(_names, flags, sorted(self.against)))
+        mark = {_MARK: self._mark(work)}
+        write_whole(work.folder / FILE, to_parquet(pa.concat_tables(tables).replace_schema_metadata(mark)))
+        set_column(manifest, pa.field(COLUMN, pa.string(), metadata=mark), partial(_names, flags, sorted(self.against)))
         rows, _, rules, values = _joined(dropped)
         rows, first = np.unique(rows, return_index=True)  # by the first benchmark and rule of several
         return Found(rows, rules[first], np.full(len(rows), -1), values[first], {"benchmarks": facts})
+
+    def is_there(self, manifest: Manifest, work: Work) -> bool:
+        """See `Leaves`: the table of hits, and the column in every part."""
+        mark = self._mark(work)
+        try:
+            marks = [(pq.read_schema(work.folder / FILE).metadata or {}).get(_MARK)]
+            marks += [(pq.read_schema(part).field(COLUMN).metadata or {}).get(_MARK) for part in manifest.parts]
+        except (OSError, KeyError, pa.ArrowException):
+            return False
+        return all(found == mark for found in marks)
+
+    def _mark(self, work: Work) -> bytes:
+        """Of what is found, whatever is dropped of it."""
+        told = {name: value for name, value in self.settings(work).items() if name != "drop"}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest().encode()
 
     def _hits(self, manifest: Manifest, benchmark: Manifest, work: Work) -> Iterator[Hits]:
         add_columns(benchmark, FINGERPRINT, engine=work.engine, progress=work.ticking("samples of a benchmark"))
@@ -123,6 +154,11 @@ class Decontaminate:
             file = work.folder / "steps" / "word_runs.bin"
             pairs = word_runs.shared_with(manifest, runs, self.num_words, engine=work.engine, file=file)
             yield pairs[:, 0], pairs[:, 1], np.full(len(pairs), TEXT), np.full(len(pairs), np.nan)
+
+
+def _are_shards(shards: Any) -> bool:
+    listed = [shards] if isinstance(shards, str) else shards
+    return isinstance(listed, list) and all(isinstance(shard, str) for shard in listed) and bool(listed)
 
 
 def _by_model(manifest: Manifest, benchmark: Manifest, run: str, min_cosine: float, work: Work) -> Hits:

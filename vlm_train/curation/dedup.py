@@ -65,7 +65,9 @@ class NearDuplicates:
         )
         rows = np.flatnonzero(~copies.is_kept)
         rules = np.array(near.RULES)[copies.rule[rows]]
-        return Found(rows, rules, copies.kept[rows], copies.distance[rows].astype(np.float64))
+        unread = manifest.table(["phash"])["phash"].is_null().to_numpy() & among
+        facts = {"num_unread": int(unread.sum())}  # compared by their bytes alone
+        return Found(rows, rules, copies.kept[rows], copies.distance[rows].astype(np.float64), facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,14 @@ NUM_BINS = 32
 _OF_SCHEMA = ("width", "height", "caption_chars")
 _MOST = 24  # columns
 
+_OF_RULES = {
+    "min_side": "shorter side",
+    "max_side": "longer side",
+    "max_aspect": "longer / shorter side",
+    "min_pixels": "width x height",
+    "max_pixels": "width x height",
+}
+
 Values = dict[str, NDArray[np.float64]]
 
 
@@ -69,7 +77,11 @@ def compare(manifest: Manifest, fate: Fate, *, num_nearest: int) -> Measures:
     low, high, same = _bounds(manifest, fate, numbers)
     edges = {name: edges_of(low[name], high[name], NUM_BINS) for name in low if low[name] < high[name]}
     counts = {name: np.zeros((2, NUM_BINS), np.int64) for name in edges}
-    borders = {number: Borders(measures[0], [], []) for number, measures in same.items() if measures}
+    borders = {
+        number: Borders(_meant(fate.rules[number].name, measures), [], [])
+        for number, measures in same.items()
+        if measures
+    }
     spans = {number: _span(fate.value[fate.dropped_by(number)]) for number in borders}
     for start, table in _parts(manifest, [*numbers, *(flag.column for flag in flags.flags)]):
         rows = slice(start, start + len(table))
@@ -95,6 +107,11 @@ def measured(table: pa.Table, numbers: list[str]) -> Values:
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     sides = {"width": width, "height": height, "shorter side": shorter, "longer side": longer}
     return {**values, **sides, "longer / shorter side": longer / shorter, "width x height": width * height}
+
+
+def _meant(rule: str, measures: list[str]) -> str:
+    """The measure that a rule looked at; of several with its values that of its name: of `min_side` the shorter."""
+    return next((name for name in measures if name == _OF_RULES.get(rule)), measures[0])
 
 
 def _columns(manifest: Manifest) -> list[str]:

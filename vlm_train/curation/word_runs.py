@@ -67,7 +67,7 @@ def shared_with(manifest: Manifest, runs: Runs, length: int, *, engine: Engine, 
         order = np.lexsort((others, rows))
         rows, first = np.unique(rows[order], return_index=True)
         pairs.append(np.stack([start + rows, others[order][first]], axis=1))
-    file.unlink()
+    file.unlink(missing_ok=True)
     return np.concatenate(pairs)
 
 
