@@ -1,4 +1,4 @@
-"""All pairs of near-equal binary codes, exactly: 64-bit perceptual hashes of pictures, 256-bit PDQ hashes.
+"""All pairs of near-equal binary codes, exactly: 64-bit perceptual hashes of pictures, 256-bit codes of views.
 
 How the pairs are found is told in `hamming_passes`; a pass sorts all codes by some of their bits and looks at
 neighbours. There is no index to keep, and what is held in memory at once is bounded.

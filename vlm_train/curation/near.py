@@ -79,7 +79,7 @@ def find_copies(
     workers: int = 1,
     ticking: Ticking = lambda noun: lambda done, total: None,
 ) -> Copies:
-    """Copies among the samples of a manifest that has fingerprints (`columns.add_fingerprints`). A sample without a
+    """Copies among the samples of a manifest that has fingerprints (`columns.FINGERPRINT`). A sample without a
     picture is a copy of nothing, one that does not decode has the copies of its bytes alone.
 
     In memory are 80 bytes a row, 40 bytes a candidate, and what the search holds at once (`pairs_within`); views and
