@@ -127,9 +127,11 @@ def test_a_larger_array_than_slurm_allows_is_shared_out(slurm: Slurm, capsys: py
 def test_what_a_killed_driver_left_to_slurm_is_ended(slurm: Slurm, tmp_path: Path) -> None:
     folder, markers = tmp_path / "slurm", [tmp_path / str(number) for number in range(3)]
     code = f"""
+import signal
 from pathlib import Path
 import engine_functions
 from vlm_train.curation.on_slurm import Slurm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 list(Slurm(folder=Path({str(folder)!r})).map(engine_functions.long, [Path(name) for name in {[*map(str, markers)]}]))
 """
     driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -153,9 +155,11 @@ def test_no_process_of_ray_outlives_its_driver(tmp_path: Path, number: int) -> N
     pytest.importorskip("ray")
     marker = tmp_path / "begun"
     code = f"""
+import signal
 from pathlib import Path
 import engine_functions
 from vlm_train.curation.on_ray import Ray
+signal.signal(signal.SIGINT, signal.default_int_handler)
 list(Ray(num_workers=1).map(engine_functions.long, [Path({str(marker)!r})]))
 """
     driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
