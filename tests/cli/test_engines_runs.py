@@ -68,9 +68,7 @@ def test_a_killed_chain_ends_in_the_same_bytes(chain: Chain) -> None:
     assert sum(name.startswith("embeddings/") for name in whole) == 2 * chain.num_shards
     place = chain.fresh("killed")
     stages = chain.killed(place, "curation.num_workers=1", num_kills=3, workers=children)
-    assert (
-        len(stages) >= 2 and len(set(stages)) >= 2 and set(stages) <= set(STAGES)
-    )  # with work left
+    assert len(stages) >= 2 and len(set(stages)) >= 2 and set(stages) <= set(STAGES)  # with work left
     leftover = place[1] / ".selection.npy.1.tmp"  # as a kill in the middle of a file leaves it
     leftover.write_bytes(b"half")
     others = place[1] / "slurm" / ".a.1.tmp"  # of somebody who works there too
