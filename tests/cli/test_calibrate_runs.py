@@ -46,7 +46,7 @@ def test_it_measures_suggests_and_leaves_nothing_but_its_result(
     monkeypatch.chdir(tmp_path)
     assert main(["data", "calibrate", str(data), "--out", "cal", *FEW]) == 0
     told = capsys.readouterr().out
-    assert sorted(path.name for path in Path("cal").iterdir()) == ["calibration.html", "calibration.json"]
+    assert sorted(path.name for path in Path("cal").iterdir()) == [".lock", "calibration.html", "calibration.json"]
     content = json.loads(Path("cal/calibration.json").read_text())
     assert content["manifest"] == open_manifest(str(data)).fingerprint and content["num_planted"] == 5
     near = content["rules"][0]
@@ -106,7 +106,7 @@ def test_a_model_is_measured_over_its_eps(
     assert rules[-1]["setting"] == "eps" and [point["threshold"] for point in points] == list(calibrate.EPS)
     own = [point["num_own_dropped"] for point in points]
     assert own == sorted(own) and own[-1] > own[0]
-    assert sorted(path.name for path in Path("x").iterdir()) == ["calibration.html", "calibration.json"]
+    assert sorted(path.name for path in Path("x").iterdir()) == [".lock", "calibration.html", "calibration.json"]
 
 
 @pytest.mark.parametrize(
