@@ -11,6 +11,8 @@ pictures, where signs of single frequencies, of which drawings have many that ar
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,12 +58,16 @@ def codes(one: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # of all pairs of spans at once: [span, frequency, span, frequency]
     greys = (_GREY @ (grey - 128) @ _GREY.T).reshape(num, many, num, many)
     tints = (_TINT @ (colours - 128) @ _TINT.T).reshape(2, num, few, num, few)
-    seen = np.array([[*greys[i, :, j].ravel(), *tints[:, i, :, j].ravel()] for i, j in VIEWS])
+    seen = np.concatenate([
+        greys[_DOWN, :, _ACROSS].reshape(len(VIEWS), -1),
+        *(each[_DOWN, :, _ACROSS].reshape(len(VIEWS), -1) for each in tints),
+    ], axis=1)  # fmt: skip
     varied = seen * _VARIES
     bits = np.packbits((seen * _WEIGHTS) @ _SUMS.T > 0, axis=1)
     return bits * ((varied**2).sum(axis=1, keepdims=True) >= _LEAST_DETAIL**2)
 
 
+@lru_cache(maxsize=8)
 def _bell(side: int, cells: int) -> NDArray[np.float64]:
     """[cells, side]: means of `side` values under a bell around each cell."""
     width = side / cells
@@ -90,4 +96,5 @@ def _weights() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 _GREY = np.concatenate([_cosines(span, _FREQUENCIES, SIDE) for span in _SPANS])
 _TINT = np.concatenate([_cosines(span, _COLOUR_FREQUENCIES, COLOUR_SIDE) for span in _SPANS])
 _WEIGHTS, _VARIES = _weights()
+_DOWN, _ACROSS = np.array(VIEWS).T
 _SUMS = np.random.default_rng(0).standard_normal((BITS, len(_WEIGHTS)))
