@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from vlm_train.curation.texts import normalised
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.manifest import Manifest
 from vlm_train.data.writer import DatasetWriter
+from vlm_train.errors import DataError
 
 PNG = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
 ENGINE = Local(num_workers=1)
@@ -77,3 +79,18 @@ def test_dialogues_are_read_and_short_texts_leak_nothing(tmp_path: Path) -> None
     runs = word_runs.runs_of(benchmark, 1, engine=ENGINE)
     pairs = word_runs.shared_with(manifest, runs, 1, engine=ENGINE, file=tmp_path / "runs.bin")
     assert np.unique(pairs[:, 0]).tolist() == [0, 1, 2]
+
+
+def test_a_shard_that_is_not_there_is_no_shard_without_leaks(tmp_path: Path) -> None:
+    texts = ["a b c d", "e f g h"]
+    manifest, benchmark = dataset(tmp_path / "ours", texts), dataset(tmp_path / "theirs", texts)
+    runs = word_runs.runs_of(benchmark, 3, engine=ENGINE)
+    shared = partial(word_runs.shared_with, manifest, runs, 3, engine=ENGINE, file=tmp_path / "runs.bin")
+    assert len(shared()) == 2
+    changed = dataset(tmp_path / "changed", ["other words", "in their place"])
+    Path(manifest.shards[0]).write_bytes(Path(changed.shards[0]).read_bytes())
+    with pytest.raises(DataError, match="indexed anew"):
+        shared()
+    Path(manifest.shards[0]).unlink()
+    with pytest.raises(DataError):
+        shared()

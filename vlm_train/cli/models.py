@@ -107,13 +107,11 @@ def _read(item: _Shard) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
 def _embed(item: _Shard) -> None:
     """Embeds a shard and writes its file."""
     from vlm_train import build
-    from vlm_train.data.sources.shards import ShardSource
+    from vlm_train.curation.reading import open_shard
     from vlm_train.evaluation.base import counted
     from vlm_train.evaluation.ranking import check_unit
 
-    source = ShardSource(shards=item.shard)
-    if source.manifest.entries_of[0]["content"] != item.content:
-        raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
+    source = open_shard(item.shard, item.content)
     parts, device = _loaded(item.checkpoint), choose_device(item.device)
     embedder, usable, found = build.embedder(parts, device), [], []
     num_workers = int(device.type != "cpu" and len(source) > _ENOUGH)

@@ -34,7 +34,7 @@ from vlm_train.errors import ConfigError
 
 FILE = "dropped.parquet"
 STEPS = "steps"
-_STAMP, _FACTS = b"vlm_train stamp", b"vlm_train facts"
+STAMP, _FACTS = b"vlm_train stamp", b"vlm_train facts"
 
 Settings = dict[str, Any]
 Ticking = Callable[[str], Callable[[int, int], None]]
@@ -147,9 +147,18 @@ def run_chain(
 def _is_own(path: Path) -> bool:
     """Whether a file is that of a step."""
     try:
-        return _STAMP in (pq.read_schema(path).metadata or {})
+        return STAMP in (pq.read_schema(path).metadata or {})
     except (OSError, pa.ArrowException):
         return False
+
+
+def read_stamped(path: Path, stamp: bytes) -> pa.Table | None:
+    """A table whose metadata have `STAMP`, what decided it; None where it is not there, not whole, or another's."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read() if (file.schema_arrow.metadata or {}).get(STAMP) == stamp else None
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _whole(
@@ -158,13 +167,9 @@ def _whole(
     """What the step drops: read where it has been found of the same rows with the same settings, else found."""
     told = {"manifest": manifest.fingerprint, "among": Selection.from_mask(kept).fingerprint, "settings": settings}
     stamp = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest().encode()
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            is_whole = (file.schema_arrow.metadata or {}).get(_STAMP) == stamp
-            if is_whole and (not isinstance(step, Leaves) or step.is_there(manifest, work)):
-                return file.read()
-    except (OSError, pa.ArrowException):
-        pass  # not there, or not whole
+    whole = read_stamped(path, stamp)
+    if whole is not None and (not isinstance(step, Leaves) or step.is_there(manifest, work)):
+        return whole
     found = step.find(manifest, kept.copy(), work)
     order = np.argsort(found.rows, kind="stable")
     columns = {
@@ -173,7 +178,7 @@ def _whole(
         "like": pa.array(found.like[order], pa.int64()),
         "value": pa.array(found.values[order], pa.float64(), from_pandas=True),
     }
-    metadata = {_STAMP: stamp, _FACTS: json.dumps(found.facts, sort_keys=True).encode()}
+    metadata = {STAMP: stamp, _FACTS: json.dumps(found.facts, sort_keys=True).encode()}
     table = pa.table(columns).replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_parquet(table))

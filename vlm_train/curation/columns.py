@@ -12,23 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_train.curation import fingerprints, views
 from vlm_train.curation.engines import Engine
+from vlm_train.curation.reading import samples_of
 from vlm_train.data.decode import SampleError
 from vlm_train.data.home import write_whole
 from vlm_train.data.indexing import locked
 from vlm_train.data.manifest import Manifest, read_part, to_parquet
-from vlm_train.data.sources.shards import ShardSource
 from vlm_train.errors import DataError
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, in all)."""
 
-_CHUNK = 256  # samples whose bytes are held at a time
 _VERSION = b"vlm_train"  # of the values of a column, in the metadata of its field
 
 
@@ -124,15 +122,11 @@ def _is_current(schema: pa.Schema, field: pa.Field, version: str) -> bool:
 
 def _write(item: _Part) -> None:
     """Computes the columns of a part and writes it with them."""
-    source = ShardSource(shards=item.shard)
-    if source.manifest.entries_of[0]["content"] != item.content:
-        raise DataError("a shard was indexed anew meanwhile", got=item.shard, remedy="start again")
     found: dict[str, list[Any]] = {field.name: [] for field in item.columns.fields}
-    for start in range(0, len(source), _CHUNK):
-        for sample in source.read(np.arange(start, min(start + _CHUNK, len(source)))):
-            values = _values(sample, item.columns)
-            for name, column in found.items():
-                column.append(values.get(name))
+    for sample in samples_of(item.shard, item.content):
+        values = _values(sample, item.columns)
+        for name, column in found.items():
+            column.append(values.get(name))
     version = {_VERSION: item.columns.version}
     fields = {field.name: field.with_metadata(version) for field in item.columns.fields}
     _put(item.part, item.content, {fields[name]: pa.array(found[name], fields[name].type) for name in fields})
@@ -154,12 +148,10 @@ def _put(part: Path, content: str, columns: Mapping[pa.Field, pa.Array]) -> None
 
 
 def _values(sample: Any, columns: Columns) -> Mapping[str, Any]:
-    """Empty of a sample that nothing can be said of. Raises DataError where its shard cannot be read at all."""
+    """Empty of a sample that nothing can be said of."""
     try:
         if isinstance(sample, SampleError):
             raise sample
         return columns.of(sample.parts)
-    except SampleError as error:
-        if error.reason == "shard_unreadable":  # it may be there again tomorrow: nothing is to be kept of today
-            raise DataError("a shard cannot be read", got=error.detail, remedy="restore it, and start again") from error
+    except SampleError:
         return {}

@@ -9,11 +9,10 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm_train.curation import alignment, candidates, fingerprints, kmeans, near, semantic
-from vlm_train.curation.chain import Found, Settings, Work, uid_column
+from vlm_train.curation.chain import STAMP, Found, Settings, Work, read_stamped, uid_column
 from vlm_train.curation.columns import FINGERPRINT, add_columns
 from vlm_train.curation.limits import check_number, check_whole
 from vlm_train.data.home import write_whole
@@ -22,7 +21,6 @@ from vlm_train.data.manifest import Manifest, to_parquet
 SEMANTIC = "semantic"
 MOST_TOLERANCE = 10.0
 SIMILARITIES = "similarities.parquet"
-_STAMP = b"vlm_train stamp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +112,10 @@ def _nearest(
     """Of each of `rows` the nearest before it: as it was written of these rows and this model, or found and written."""
     path = work.folder / SIMILARITIES
     stamp = hashlib.sha256(f"{manifest.fingerprint} {model} ".encode() + rows.tobytes()).hexdigest().encode()
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if (file.schema_arrow.metadata or {}).get(_STAMP) == stamp:
-                table = file.read(["place", "similarity"])
-                match = table["place"].fill_null(-1).to_numpy()
-                return semantic.Nearest(similarity=table["similarity"].fill_null(-math.inf).to_numpy(), match=match)
-    except (OSError, pa.ArrowException):
-        pass  # not there, or not whole
+    table = read_stamped(path, stamp)
+    if table is not None:
+        match = table["place"].fill_null(-1).to_numpy()
+        return semantic.Nearest(similarity=table["similarity"].fill_null(-math.inf).to_numpy(), match=match)
     uids = manifest.uids(rows)
     nearest = semantic.nearest_of(features, uids, kmeans.spherical(features, uids))
     stands_first = nearest.match < 0
@@ -131,5 +125,5 @@ def _nearest(
         "place": pa.array(nearest.match, mask=stands_first),  # of the match, among these rows
         "similarity": pa.array(nearest.similarity, mask=stands_first),
     }
-    write_whole(path, to_parquet(pa.table(columns).replace_schema_metadata({_STAMP: stamp})))
+    write_whole(path, to_parquet(pa.table(columns).replace_schema_metadata({STAMP: stamp})))
     return nearest

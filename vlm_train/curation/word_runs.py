@@ -15,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_train.curation.engines import Engine
+from vlm_train.curation.reading import samples_of
 from vlm_train.curation.texts import normalised
 from vlm_train.data.chat import turns_of
 from vlm_train.data.decode import SampleError, decode_captions, decode_metadata
 from vlm_train.data.home import write_whole
 from vlm_train.data.manifest import Manifest
-from vlm_train.data.sources.shards import ShardSource
-
-_CHUNK = 256  # samples whose bytes are held at a time
 
 Runs = tuple[NDArray[np.uint64], NDArray[np.int64]]
 """(hashes [n], the rows that hold them [n])."""
@@ -30,16 +28,18 @@ Runs = tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A shard whose runs of `length` words are wanted; `known`: a file of hashes, those alone, None for all."""
+    """A shard with samples of hash `content`, whose runs of `length` words are wanted; `known`: a file of hashes, those
+    alone, None for all."""
 
     shard: str
+    content: str
     length: int
     known: Path | None
 
 
 def runs_of(manifest: Manifest, length: int, *, engine: Engine) -> Runs:
     """Every run of `length` words of a dataset that is small, such as a benchmark: each hash once, by its first row."""
-    items = [_Shard(shard, length, None) for shard in manifest.shards]
+    items = _shards(manifest, length, None)
     found = list(zip(manifest.starts.tolist(), engine.map(_runs, items), strict=False))
     hashes = np.concatenate([part for _, (part, _) in found])
     rows = np.concatenate([start + rows for start, (_, rows) in found])
@@ -60,7 +60,7 @@ def shared_with(manifest: Manifest, runs: Runs, length: int, *, engine: Engine, 
     hashes, rows_of = runs
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, hashes.tobytes())
-    items = [_Shard(shard, length, file) for shard in manifest.shards]
+    items = _shards(manifest, length, file)
     pairs = [np.empty((0, 2), np.int64)]
     for start, (found, rows) in zip(manifest.starts.tolist(), engine.map(_runs, items), strict=False):
         others = rows_of[np.searchsorted(hashes, found)]
@@ -71,20 +71,22 @@ def shared_with(manifest: Manifest, runs: Runs, length: int, *, engine: Engine, 
     return np.concatenate(pairs)
 
 
+def _shards(manifest: Manifest, length: int, known: Path | None) -> list[_Shard]:
+    entries = zip(manifest.shards, manifest.entries_of, strict=True)
+    return [_Shard(shard, entry["content"], length, known) for shard, entry in entries]
+
+
 def _runs(item: _Shard) -> Runs:
     known = None if item.known is None else np.fromfile(item.known, np.uint64)
-    source = ShardSource(shards=item.shard)
     hashes, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for start in range(0, len(source), _CHUNK):
-        chunk = np.arange(start, min(start + _CHUNK, len(source)))
-        for row, sample in zip(chunk.tolist(), source.read(chunk), strict=True):
-            if isinstance(sample, SampleError):
-                continue
-            runs = [_hash(run) for text in _texts(sample.parts) for run in _split(text, item.length)]
-            found = np.unique(np.array(runs, np.uint64))
-            found = found if known is None else found[np.isin(found, known)]
-            hashes.append(found)
-            rows.append(np.full(len(found), row))
+    for row, sample in enumerate(samples_of(item.shard, item.content)):
+        if isinstance(sample, SampleError):
+            continue
+        runs = [_hash(run) for text in _texts(sample.parts) for run in _split(text, item.length)]
+        found = np.unique(np.array(runs, np.uint64))
+        found = found if known is None else found[np.isin(found, known)]
+        hashes.append(found)
+        rows.append(np.full(len(found), row))
     return np.concatenate(hashes), np.concatenate(rows)
 
 
