@@ -83,6 +83,7 @@ def test_copies_are_dropped_and_named(data: Path, tmp_path: Path, capsys: pytest
     first = num - 1 - 2 * NUM_COPIES
     for row in rows:
         number, of = (int(key_of[row[name].hex()]) for name in ("uid", "like"))
+        assert keys[row["row"]] == f"{number:05d}"
         scene = (number - first) % NUM_COPIES if number >= first else number
         assert of in (scene, first + scene)  # the largest: not one of the smaller ones
         assert row["rule"] == ("near" if number >= first + NUM_COPIES else "exact") and row["step"] == "copies"

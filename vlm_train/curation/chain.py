@@ -1,8 +1,8 @@
 """A chain of steps, each of which drops rows among those that the ones before it keep, and the folder that tells of it.
 
     selection.npy, provenance.json   as any (`data.selection`); of each step its settings, what it dropped and found
-    dropped.parquet                  of each dropped row: uid, step, rule, like (uid of the row for which it went, where
-                                     it is there twice), value (what the rule looked at, in the rule's unit)
+    dropped.parquet                  of each dropped row: row, uid, step, rule, like (uid of the row for which it went,
+                                     where it is there twice), value (what the rule looked at, in the rule's unit)
     steps/NAME.parquet               what one step dropped, so that a killed chain goes on behind the last whole step;
                                      and so does one whose later steps have other settings
 
@@ -186,9 +186,10 @@ def _whole(
 
 
 def _named(manifest: Manifest, table: pa.Table, step: str) -> pa.Table:
-    """Rows as they are called outside: by uid."""
+    """Rows as they are called outside: by uid, which two samples may share, so by number too."""
     rows, like = table["row"].to_numpy(), table["like"].to_numpy()
     columns = {
+        "row": table["row"],
         "uid": uid_column(manifest.uids(rows)),
         "step": pa.array([step] * len(rows), pa.string()),
         "rule": table["rule"],
