@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_train.curation import rules as module
 from vlm_train.curation import texts
 from vlm_train.curation.rules import DATACOMP_BASIC, CaptionRules, ImageRules
 from vlm_train.data.indexing import open_manifest
 from vlm_train.data.writer import DatasetWriter
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, DataError
 
 SPOKEN = ["a", "cat", "Cat", "on", "the", "mat", "!!!!", "12", "猫", "naïve", "www.x.org", "ok", "IMG_0042.jpg"]
 CAPTIONS = st.lists(st.lists(st.sampled_from(SPOKEN), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=12)
@@ -185,3 +186,19 @@ def test_the_preset_is_datacomps() -> None:
 def test_what_cannot_be_meant_is_refused(rules: CaptionRules | ImageRules, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         rules.settings(_pairs.work(Path()))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a red  box", ["a", "red", "box"]), ("红色的盒子", list("红色的盒子")), ("猫cat 猫", ["猫", "cat", "猫"]),
+     ("ネコ on a mat", ["ネ", "コ", "on", "a", "mat"]), ("빨간 상자", ["빨간", "상자"])],
+)  # fmt: skip
+def test_words_of_scripts_without_white_space(text: str, words: list[str]) -> None:
+    assert texts.words_in(text) == words
+
+
+def test_a_pattern_that_tries_ever_more_ways_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_SECONDS", 0.2)
+    assert module._first_found([r"(a+)+$"], "a" * 10) == 0
+    with pytest.raises(DataError, match=r"\(a\+\)\+"):
+        module._first_found([r"(a|aa)+$"], "a" * 60 + "b")

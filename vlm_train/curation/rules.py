@@ -7,7 +7,6 @@ stays and is counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import regex
 from numpy.typing import NDArray
 
 from vlm_train.curation import texts
@@ -22,7 +22,7 @@ from vlm_train.curation.chain import Found, Settings, Work
 from vlm_train.curation.columns import add_columns
 from vlm_train.curation.limits import check_number, check_whole
 from vlm_train.data.manifest import Manifest, read_part
-from vlm_train.errors import ConfigError, nearest
+from vlm_train.errors import ConfigError, DataError, nearest
 
 DATACOMP_BASIC: dict[str, dict[str, Any]] = {
     "images": {"min_side": 200, "max_aspect": 3.0},
@@ -34,6 +34,9 @@ model is the large lid.176.bin; ours is the small form of the same."""
 
 _LANGUAGE, _LANGUAGE_SCORE = "caption_language", "caption_language_score"
 _LISTS = ("forms", "patterns", "languages")
+MOST_SECONDS = 2.0
+"""That a pattern may take for a caption."""
+
 _KEEPS, _UNREAD = -1, -2
 
 Limits = dict[str, Any]
@@ -80,10 +83,11 @@ class ImageRules:
 class CaptionRules:
     """Limits of the first caption; what lies on a limit stays. None, and an empty list, is no limit.
 
-    `min_chars`, `max_chars`; `min_words`, `max_words`: between white space; `min_letters`: the share of letters;
+    `min_chars`, `max_chars`; `min_words`, `max_words`: `texts.words_in`; `min_letters`: the share of letters;
     `max_repeats`: the share of words that were there before; `max_run`: how often a character stands in a row in a
-    word; `forms`: captions that are nothing but one of these (`texts.FORMS`) go; `patterns`: regular expressions of
-    Python, captions in which one is found go; `languages`: codes as `en`, captions in others go.
+    word; `forms`: captions that are nothing but one of these (`texts.FORMS`) go; `patterns`: regular expressions (those
+    of the package regex, so all of Python's), captions in which one is found go; `languages`: codes as `en`, captions
+    in others go.
 
     The value of a row is the number that was compared; of `patterns` which of them it was, counted from 0; of
     `languages` how sure the model is of the language it found; of a form none.
@@ -156,12 +160,23 @@ def _checks(table: pa.Table, name: str, limit: Any) -> list[Check]:
     if name == "languages":
         return [(name, ~np.isin(_strings(table, _LANGUAGE), limit), _floats(table, _LANGUAGE_SCORE))]
     if name == "patterns":
-        patterns = [re.compile(pattern) for pattern in limit]
         captions = table["caption"].fill_null("").to_pylist()
-        found = [next((n for n, each in enumerate(patterns) if each.search(text)), -1) for text in captions]
-        number = np.array(found, np.float64)
+        number = np.array([_first_found(limit, text) for text in captions], np.float64)
         return [(name, number >= 0, number)]
     return [_beyond(name, limit, _floats(table, f"caption_{name[4:]}"))]
+
+
+def _first_found(patterns: Sequence[str], text: str) -> int:
+    """Which pattern is found in a text, -1 for none."""
+    for number, pattern in enumerate(patterns):
+        try:
+            if regex.search(pattern, text, timeout=MOST_SECONDS):
+                return number
+        except TimeoutError:
+            raise DataError("a pattern takes too long, as if it tried ever more ways to match",
+                            got=f"{pattern!r} in {text[:80]!r}", allowed=f"{MOST_SECONDS:g} seconds a caption",
+                            remedy="do not repeat what is repeated already, as (a+)+ does") from None  # fmt: skip
+    return -1
 
 
 def _beyond(name: str, limit: float, measured: NDArray[np.float64]) -> Check:
@@ -230,7 +245,7 @@ def _check_words(name: str, limits: Limits, known: Sequence[str]) -> None:
 
 def _check_pattern(pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError("a pattern is no regular expression of Python", got=f"{pattern!r}: {error}",
+        regex.compile(pattern)
+    except (regex.error, TypeError) as error:
+        raise ConfigError("a pattern is no regular expression", got=f"{pattern!r}: {error}",
                           remedy="put a backslash before what is meant as it stands") from None  # fmt: skip

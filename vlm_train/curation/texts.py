@@ -57,15 +57,23 @@ _PATTERNS = {
 }
 
 
+_BY_ITSELF = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f])")
+
+
+def words_in(text: str) -> list[str]:
+    """What stands between white space; of Chinese and Japanese, which have none, each character."""
+    return _BY_ITSELF.sub(r" \1 ", text).split()
+
+
 def _read(caption: str) -> Mapping[str, Any]:
-    words = caption.split()
-    solid = "".join(words)
+    words, written = words_in(caption), caption.split()
+    solid = "".join(written)
     return {
         "caption": caption,
         "caption_words": len(words),
         "caption_letters": sum(unicodedata.category(letter)[0] in "LM" for letter in solid) / len(solid),
         "caption_repeats": 1 - len({word.casefold() for word in words}) / len(words),
-        "caption_run": max(sum(1 for _ in run) for word in words for _, run in groupby(word)),
+        "caption_run": max(sum(1 for _ in run) for word in written for _, run in groupby(word)),
         "caption_form": form_of(caption),
     }
 
@@ -94,12 +102,12 @@ CAPTION = Columns(
         pa.field("caption_run", pa.int32()),
         pa.field("caption_form", pa.string()),
     ),
-    "1",
+    "2",
     _text,
 )
-"""Of the caption: itself; words between white space; the share of characters, white space apart, that are letters (with
+"""Of the caption: itself; how many `words_in` it; the share of characters, white space apart, that are letters (with
 their marks, of any script); the share of words that are there before, case apart; the longest run of one character
-in a word; `form_of`. Null of a sample without a readable caption."""
+without white space; `form_of`. Null of a sample without a readable caption."""
 
 
 def language_columns() -> Columns:

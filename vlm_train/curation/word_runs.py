@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlm_train.curation.engines import Engine
 from vlm_train.curation.reading import samples_of
-from vlm_train.curation.texts import normalised
+from vlm_train.curation.texts import normalised, words_in
 from vlm_train.data.chat import turns_of
 from vlm_train.data.decode import SampleError, decode_captions, decode_metadata
 from vlm_train.data.home import write_whole
@@ -103,7 +103,7 @@ def _texts(parts: Mapping[str, bytes]) -> list[str]:
 
 
 def _split(text: str, length: int) -> Iterator[str]:
-    words = normalised(text).split()
+    words = words_in(normalised(text))
     return (" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
 
 
