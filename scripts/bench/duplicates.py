@@ -103,7 +103,7 @@ def ours(folder: Path) -> tuple[Pairs, float]:
 
     def work() -> Pairs:
         add_columns(manifest, columns, engine=Local(num_workers=1))
-        kept = find_copies(manifest).kept
+        kept = find_copies(manifest, covered=False).kept
         keys = manifest.table(["key"])["key"].to_pylist()
         return {tuple(sorted((keys[row], keys[kept[row]]))) for row in np.flatnonzero(kept != np.arange(len(kept)))}
 

@@ -24,7 +24,7 @@ TOLERANCE = 1.0
 @pytest.fixture(autouse=True)
 def one_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes twelve searches."""
-    monkeypatch.setattr(calibrate, "TOLERANCES", {"near": (TOLERANCE,), "near with covered": (TOLERANCE,)})
+    monkeypatch.setattr(calibrate, "TOLERANCES", {"near": (TOLERANCE,), "near without covered": (TOLERANCE,)})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlm_train.curation import hamming_scan
 from vlm_train.curation.hamming import pairs_within
 from vlm_train.curation.hamming_passes import Pass, passes_of, plan, slots
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, DataError
 
 MANY = settings(deadline=None, max_examples=60)
 SOME = settings(deadline=None, max_examples=15)  # planning for 31 bits takes a tenth of a second
@@ -170,6 +170,13 @@ def test_a_million_equal_codes_are_a_star():
     assert pairs.distance[pairs.rows[:, 1] == 10].tolist() == [1]
     assert pairs.distance[pairs.rows[:, 1] == 500_000].tolist() == [3, 2]
     assert (pairs.rows[:, 0] == 0).sum() == 999_999  # all but the pair of rows 10 and 500,000
+
+
+def test_more_pairs_than_can_be_held_are_refused():
+    codes = np.array([0, 1, 2, 4, 8], np.uint64)
+    assert len(pairs_within(codes, 2, most=10)) == 10
+    with pytest.raises(DataError, match="at most 9"):
+        pairs_within(codes, 2, most=9)
 
 
 @pytest.mark.parametrize("codes", [np.empty(0, np.uint64), np.zeros(1, np.uint64), np.empty((0, 4), np.uint64)])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm_train.curation.chain import Work
     from vlm_train.data.sources.shards import ShardSource
 
-TOLERANCES = {"near": (0.25, 0.5, 1.0, 1.5, 2.0), "near with covered": (0.5, 1.0)}
+TOLERANCES = {"near": (0.25, 0.5, 1.0, 1.5, 2.0), "near without covered": (0.5, 1.0)}
 EPS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 PAGE = "calibration.html"
 
@@ -91,7 +91,7 @@ def _measured(planted: Planted, run: str | None, work: Work) -> list[dict[str, A
 
     rules = []
     for name, tolerances in TOLERANCES.items():
-        covered = name != "near"
+        covered = name == "near"
         near = {tolerance: NearDuplicates(tolerance=tolerance, covered=covered) for tolerance in tolerances}
         rules.append(measured(planted, name, "tolerance", near, work=work))
     if run is not None:

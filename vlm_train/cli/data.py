@@ -53,12 +53,12 @@ USAGE = """usage: vlm-train data import openmoji OUT [--size 72]
            which samples count (and how often), by a condition on the manifest's columns
        vlm-train data convert SHARDS ... --out FILE.beton|FOLDER [--selection DIR] [--max-samples 10000]
            tars to one FFCV file, or anything to tars
-       vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--tolerance 1] [--covered yes|no] [--selection DIR]
+       vlm-train data dedup SHARDS ... --out DIR [--radius 4] [--tolerance 1] [--covered no] [--selection DIR]
                                         [--num-workers 2] [--engine local|ray|slurm] [--ray-address HOST:PORT]
                                         [--slurm partition=cpu,time=60]
                                         [--run RUN --eps 0.01 [--rule leader|paper] [--device NAME]]
            a selection without samples whose image is a copy of another's, byte for byte or by its looks (smaller,
-           compressed again, cropped; also covered in one place); with a run also without those whose cosine with
+           compressed again, cropped, covered in one place); with a run also without those whose cosine with
            another is above 1 - eps (SemDeDup). Engines, here and below: processes, a Ray cluster, SLURM's job arrays
        vlm-train data prune SHARDS ... --out DIR [--preset datacomp-basic] [--min-side 200] [--max-side 4096]
                                         [--max-aspect 3] [--min-pixels N] [--max-pixels N] [--min-chars 6]

@@ -23,7 +23,7 @@ def deduplicate(words: list[str]) -> None:
         **curate.COMMON,
         "--radius": Option(whole(0, _LARGEST_RADIUS)),
         "--tolerance": Option(number(0, _MOST_TOLERANCE)),
-        "--covered": Option(choice("yes", "no"), "no"),
+        "--covered": Option(choice("yes", "no"), "yes"),
         "--run": Option(plain),
         "--eps": Option(number(_FINEST_EPS, 0.999)),
         "--rule": Option(choice("paper", "leader")),

@@ -2,9 +2,9 @@
 
 Two are compared where their pHashes differ in at most so many bits (all such pairs are found), or where one's view of
 the whole and the other's of the whole or of the middle agree in all `BAND_BITS` bits of one of `NUM_BANDS` bands and
-differ in at most `VIEW_RADIUS` of 256; for covered pictures also where a strip of both does. Of the pairs within the
-radius those that agree in no band are given up; in return the time grows by the number of pictures, not by its square
-(Indyk and Motwani, Approximate Nearest Neighbors, STOC 1998).
+differ in at most `VIEW_RADIUS` of 256; for covered pictures also where the same part of both does, a tile or a strip.
+Of the pairs within the radius those that agree in no band are given up; in return the time grows by the number of
+pictures, not by its square (Indyk and Motwani, Approximate Nearest Neighbors, STOC 1998).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlm_train.curation.chain import Ticking
-from vlm_train.curation.hamming import pairs_within
+from vlm_train.curation.hamming import check_number, pairs_within
 from vlm_train.curation.hamming_passes import Pass, Words
-from vlm_train.curation.views import BITS, CODES_BYTES, MIDDLE, STRIPS, WHOLE
+from vlm_train.curation.views import BITS, CODES_BYTES, MIDDLE, PARTS, WHOLE
 from vlm_train.data.manifest import packed
 
 VIEW_RADIUS = 30
@@ -32,6 +32,9 @@ BANDS = [
     Pass(tuple(sorted(np.random.default_rng(number).choice(BITS, BAND_BITS, replace=False).tolist())))
     for number in range(NUM_BANDS)
 ]
+
+MOST_PAIRS = 200_000_000
+"""That are compared: 5 GB, and hours."""
 
 _CHUNK = 1 << 16  # pairs held at a time
 _HALF = np.uint64(32)
@@ -54,34 +57,43 @@ def candidates(
     phash: Words,
     *,
     radius: int,
-    with_strips: bool,
+    with_parts: bool,
     workers: int,
     ticking: Ticking,
 ) -> Pairs:
     """Pairs of places in `rows` [M], the smaller first, each once, in rising order.
 
     Args:
-        manifest: has `views`; they are copied to a temporary file, 96 bytes a row, and as much again with strips.
+        manifest: has `views`; they are copied to a temporary file, 96 bytes a row, and half as much with parts.
         rows: those that are compared, in rising order.
         phash: [M], theirs.
         radius: bits of pHash.
-        with_strips: whether covered pictures are looked for.
+        with_parts: whether covered pictures are looked for.
         workers: threads.
         ticking: of the passes of a search.
+
+    Raises:
+        DataError: there are more than `MOST_PAIRS`.
     """
+    num, found = len(rows), [np.empty(0, np.uint64)]
 
-    def join(what: str, codes: Words, radius: int, bands: Sequence[Pass] | None) -> Iterator[Pairs]:
-        return near_pairs(codes, radius, bands, workers, ticking(f"passes of the search by {what}"))
+    def join(what: str, codes: Words, radius: int, bands: Sequence[Pass] | None) -> None:
+        progress = ticking(f"passes of the search by {what}")
+        for pairs in near_pairs(codes, radius, bands, workers, progress):
+            found.append(_keys(pairs, num))
+            check_number(sum(map(len, found)), MOST_PAIRS)
 
-    num = len(rows)
-    found = [_keys(pairs, num) for pairs in join("pHash", phash, radius, None)]
+    join("pHash", phash, radius, None)
     with tempfile.TemporaryDirectory() as folder:
-        views = _views(manifest, rows, [WHOLE, MIDDLE], Path(folder) / "wholes")
-        found += [_keys(pairs, num) for pairs in join("views", views, VIEW_RADIUS, BANDS)]
-        for number in STRIPS if with_strips else ():
-            strips = _views(manifest, rows, [number], Path(folder) / "strips")
-            found += [_keys(pairs, num) for pairs in join("strips", strips, VIEW_RADIUS, BANDS)]
-    keys = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+        join("views", _views(manifest, rows, [WHOLE, MIDDLE], Path(folder) / "wholes"), VIEW_RADIUS, BANDS)
+        for number in PARTS if with_parts else ():
+            join(
+                f"part {number - PARTS.start + 1} of {len(PARTS)}",
+                _views(manifest, rows, [number], Path(folder) / "part"),
+                VIEW_RADIUS,
+                BANDS,
+            )
+    keys = np.unique(np.concatenate(found))
     return np.stack([keys >> _HALF, keys & np.uint64((1 << 32) - 1)], axis=1).astype(np.int64)
 
 
@@ -94,7 +106,7 @@ def near_pairs(
 ) -> Iterator[Pairs]:
     """All pairs of rows of near codes, see `pairs_within`, and of equal ones, in blocks. A code of 0 is that of a flat
     view, which is near to nothing."""
-    joined = pairs_within(codes, radius, bands=bands, workers=workers, progress=progress)
+    joined = pairs_within(codes, radius, bands=bands, workers=workers, most=MOST_PAIRS, progress=progress)
     rows = np.unique(joined.rows)  # the others are near to none
     places = np.searchsorted(rows, joined.rows)
     first = np.arange(len(rows))  # place of the first row of the same code

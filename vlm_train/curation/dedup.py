@@ -26,12 +26,12 @@ SIMILARITIES = "similarities.parquet"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearDuplicates:
     """Pictures that are copies of others: by the rules of `near.find_copies`. The value of a row is the distance in
-    bits of pHash. `radius`: bits of it within which any two pictures are compared. `covered`: whether pictures that
-    differ in one box alone are copies; drawings that differ by an expression are such pictures too. `tolerance`: how
+    bits of pHash. `radius`: bits of it within which any two pictures are compared. `covered`: whether pictures are
+    copies that differ in one box of one colour alone; it takes most of the time. `tolerance`: how
     much more than usual may differ; `vlm-train data calibrate` tells what that does to one's own data."""
 
     radius: int = near.RADIUS
-    covered: bool = False
+    covered: bool = True
     tolerance: float = 1.0
 
     def settings(self, work: Work) -> Settings:

@@ -3,7 +3,7 @@
 *pHash* (64 bits): the lowest 8 x 8 frequencies of the picture in grey at 32 x 32, each above their median or not; the
 bits are those of the package ImageHash (Klinger and Starkweather's pHash with the median over all 64). *Thumbnail*:
 brightness at 32 x 32 and both colour differences at 16 x 16, smoothed so that it can be moved by parts of a cell.
-*Views*: a code of 256 bits for each of `views.VIEWS`, the whole, its middle and its strips, out of the thumbnail.
+*Views*: a code of 256 bits for each of `views.VIEWS`, the whole, its middle and its parts, out of the thumbnail.
 *Quality* says how much there is to hash: flat pictures all look alike. It is that of PDQ (Meta's ThreatExchange).
 
 JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that is enough, in half the time. Of the 64 bits of ImageHash
@@ -25,7 +25,7 @@ from PIL import Image
 from vlm_train.curation import views
 from vlm_train.data.decode import first_image, open_image
 
-VERSION = "2"
+VERSION = "3"
 """Fingerprints of another version are made anew."""
 
 _SIDE_HASH, _SIDE_QUALITY = 32, 64

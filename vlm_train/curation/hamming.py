@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from vlm_train.curation import hamming_scan as scan
 from vlm_train.curation.hamming_passes import PREFIX_BITS, Pass, Words, plan
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, DataError
 
 WORDS = {1: "uint64 [N]", 4: "uint64 [N, 4]"}
 MAX_ROWS = 1 << PREFIX_BITS
+MOST_PAIRS = 1 << 30
+"""10 GB of them."""
 _HALF = np.uint64(PREFIX_BITS)
 
 
@@ -46,6 +48,7 @@ def pairs_within(
     bands: Sequence[Pass] | None = None,
     memory: int = 4 << 30,
     workers: int = 1,
+    most: int = MOST_PAIRS,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
@@ -65,12 +68,14 @@ def pairs_within(
         memory: bytes held at once, about, besides pages of mapped files, which the system may drop; with less, the
             codes are read more often.
         workers: threads; each takes its share of the memory.
+        most: pairs of distinct codes; with more the search ends.
         folder: where temporary files lie (deleted at the end), by default the system's place; only used when the
             distinct codes take more than a quarter of `memory`.
         progress: called with (passes done, in all).
 
     Raises:
         ConfigError: codes of another type or shape, or a radius, memory or number of workers out of range.
+        DataError: more than `most` pairs.
     """
     _check(codes, radius, memory, workers)
     columns = codes[None] if codes.ndim == 1 else codes.T
@@ -79,7 +84,7 @@ def pairs_within(
         if radius > 0 and len(first_rows) > 1:
             passes = plan(distinct, radius) if bands is None else bands
             found = _joined(distinct, first_rows, passes, radius, memory, workers)
-            keys = np.concatenate([keys, *_told(found, len(passes), progress)])
+            keys = np.concatenate([keys, *_told(_no_more_than(most, found), len(passes), progress)])
     keys.sort()
     return _unpacked(columns, keys)
 
@@ -143,6 +148,22 @@ def _joined(
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(one, range(len(passes)))
+
+
+def check_number(num: int, most: int) -> None:
+    """Raises DataError where there are more pairs than one can hold."""
+    if num > most:
+        raise DataError("too many pictures look alike to a hash", got=f"over {most:,} pairs that would be compared",
+                        allowed=f"at most {most:,}",
+                        remedy="a smaller radius, covered ones not looked for, flat ones pruned first")  # fmt: skip
+
+
+def _no_more_than(most: int, found: Iterator[Words]) -> Iterator[Words]:
+    num = 0
+    for each in found:
+        num += len(each)
+        check_number(num, most)
+        yield each
 
 
 def _told(found: Iterator[Words], num: int, progress: Callable[[int, int], None] | None) -> Iterator[Words]:

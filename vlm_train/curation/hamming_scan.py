@@ -101,7 +101,7 @@ def join(
     left_rows, right_rows = [], []
     for part in parts(codes, fixed, max_rows):
         part.sort_by_prefix()
-        for left, right in _near(part.codes, fixed, radius):
+        for left, right in _gathered(_near(part.codes, fixed, radius)):
             for other in earlier:
                 unseen = np.flatnonzero(~other.agree(part.codes, left, right))
                 left, right = left.take(unseen), right.take(unseen)
@@ -126,6 +126,20 @@ def _near(codes: Words, fixed: Pass, radius: int) -> Iterator[tuple[Rows, Rows]]
             if len(near):
                 yield left.take(near), left.take(near) + step
             step += 1
+
+
+def _gathered(found: Iterator[tuple[Rows, Rows]]) -> Iterator[tuple[Rows, Rows]]:
+    """The same pairs in fewer blocks: most steps of `_near` find a pair or two."""
+    lefts: list[Rows] = []
+    rights: list[Rows] = []
+    for left, right in found:
+        lefts.append(left)
+        rights.append(right)
+        if sum(map(len, lefts)) >= CHUNK:
+            yield np.concatenate(lefts), np.concatenate(rights)
+            lefts, rights = [], []
+    if lefts:
+        yield np.concatenate(lefts), np.concatenate(rights)
 
 
 def within(codes: Words, left: Rows, right: Rows, radius: int) -> Rows:

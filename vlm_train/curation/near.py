@@ -5,10 +5,10 @@ picture, the same with its edges cut off, the same but for one box (`alignment`)
 `candidates` are looked at. Pictures of a quality below `LEAST_QUALITY` are compared by their bytes alone: flat ones all
 look the same. Nothing is turned: a mirrored picture is another one.
 
-Of each cluster the sample with the most pixels is kept, of equals that with the most copies, of these that of the least
-uid. What is a copy of that one is dropped. What is only a copy of its copies is not: among the rest the same is done
-again, so that no chain of small differences drops a picture that nothing kept is like. Neither the order of the shards
-nor the number of workers decides.
+Of each cluster the sample with the most pixels is kept, of equals one that is not covered, of these that with the most
+copies, of these that of the least uid. What is a copy of that one is dropped. What is only a copy of its copies is not:
+among the rest the same is done again, so that no chain of small differences drops a picture that nothing kept is like.
+Neither the order of the shards nor the number of workers decides.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RADIUS, MOST_BITS = 4, 16
 
 RULES = EXACT, NEAR, CROPPED, COVERED = "exact", "near", "cropped", "covered"
 _EXACT, _NEAR, _CROPPED, _COVERED = range(4)
-_NONE = 255
+_NONE, _FIRST, _SECOND = 255, 64, 32
 _COLUMNS = ("width", "height", "image_hash", "phash", "quality", "thumbnail_hash")
 _MANY = 1 << 20  # copies
 _CHUNK = 512  # pairs whose thumbnails are compared at a time
@@ -74,7 +74,7 @@ def find_copies(
     *,
     among: NDArray[np.bool_] | None = None,
     radius: int = RADIUS,
-    covered: bool = False,
+    covered: bool = True,
     tolerance: float = 1.0,
     workers: int = 1,
     ticking: Ticking = lambda noun: lambda done, total: None,
@@ -102,7 +102,7 @@ def find_copies(
     best = looks.best(manifest)
     heads = np.flatnonzero((best == np.arange(len(best))) & looks.is_compared)
     pairs = candidates(
-        manifest, heads, looks.phash[heads], radius=radius, with_strips=covered, workers=workers, ticking=ticking
+        manifest, heads, looks.phash[heads], radius=radius, with_parts=covered, workers=workers, ticking=ticking
     )
     test = partial(rules_of, covered=covered, tolerance=tolerance)
     rules = np.concatenate([np.empty(0, np.uint8), *_compared(manifest, heads, pairs, test, workers, ticking)])
@@ -140,14 +140,12 @@ def pairs_between(
     workers: int = 1,
     ticking: Ticking = lambda noun: lambda done, total: None,
 ) -> Shared:
-    """All pairs of a sample of one manifest and one of another that are copies, exact, near or cropped; both have
+    """All pairs of a sample of one manifest and one of another that are copies by any rule; both have
     fingerprints. Memory, arguments and errors as of `find_copies`."""
     both, num = _Both(manifest, other), len(manifest)
     looks = _Looks.of(both.table(_COLUMNS), np.ones(num + len(other), bool))
     rows = np.flatnonzero(looks.is_compared)
-    pairs = candidates(
-        both, rows, looks.phash[rows], radius=radius, with_strips=False, workers=workers, ticking=ticking
-    )
+    pairs = candidates(both, rows, looks.phash[rows], radius=radius, with_parts=True, workers=workers, ticking=ticking)
     pairs = pairs[(rows[pairs[:, 0]] < num) & (rows[pairs[:, 1]] >= num)]
     rules = np.concatenate([np.empty(0, np.uint8), *_compared(both, rows, pairs, rules_of, workers, ticking)])
     seen, found = np.flatnonzero(looks.pixels > 0), [rows[pairs[rules != _NONE]]]
@@ -248,17 +246,25 @@ def _compared(
 
 
 def rules_of(
-    first: alignment.Thumbnails, second: alignment.Thumbnails, covered: bool = False, tolerance: float = 1.0
+    first: alignment.Thumbnails, second: alignment.Thumbnails, covered: bool = True, tolerance: float = 1.0
 ) -> NDArray[np.uint8]:
-    """Place in `RULES` of the first rule by which thumbnails are copies, one by one, 255 where none does."""
-    rules, rows = np.full(len(first), _NONE, np.uint8), np.arange(len(first))
-    tests = [(_NEAR, alignment.are_same, False), (_CROPPED, alignment.are_cropped, False)]
-    tests += [(_CROPPED, alignment.are_cropped, True), *[(_COVERED, alignment.are_covered, False)] * covered]
-    for rule, test, is_turned in tests:
-        one, two = (second, first) if is_turned else (first, second)
-        holds = test(one[rows], two[rows], tolerance)
-        rules[rows[holds]] = rule
-        rows = rows[~holds]
+    """Place in `RULES` of the first rule by which thumbnails are copies, one by one, 255 where none does; with it
+    `_FIRST`, `_SECOND` or both where it is these that are cropped or covered."""
+    rules = np.full(len(first), _NONE, np.uint8)
+    one, two = alignment.Coarse.of(first), alignment.Coarse.of(second)
+    tests = [
+        (_NEAR, one.may_be_same(two, tolerance), alignment.are_same),
+        (_CROPPED | _SECOND, one.may_be_cropped(two, tolerance), alignment.are_cropped),
+        (_CROPPED | _FIRST, two.may_be_cropped(one, tolerance), alignment.are_cropped),
+    ]
+    if covered:
+        may_be = one.may_be_covered(two, tolerance)
+        tests += [(_COVERED | changed, may_be, alignment.are_covered) for changed in (_SECOND, _FIRST)]
+    for rule, may_be, test in tests:
+        rows = np.flatnonzero(may_be & ((rules == _NONE) | (rules % _SECOND == rule % _SECOND)))
+        whole, changed = (second, first) if rule & _FIRST else (first, second)
+        rows = rows[test(whole[rows], changed[rows], tolerance)]
+        rules[rows] = np.where(rules[rows] == _NONE, rule, rules[rows] | rule)
     return rules
 
 
@@ -267,9 +273,14 @@ def _settled(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """For each of M pictures the one that stays for it, itself where it stays, and by which rule: round by round."""
     kept, rule = np.arange(len(pixels)), np.full(len(pixels), _NEAR, np.uint8)
+    is_bare = np.ones(len(pixels), bool)
+    for place, changed in enumerate((_FIRST, _SECOND)):  # where it may be either, nothing is said
+        is_bare[pairs[rules == _COVERED | changed, place]] = False
+    rules = rules % _SECOND
     while len(pairs):
         num_copies = np.minimum(np.bincount(pairs.ravel(), minlength=len(kept)), _MANY - 1)
-        chosen = canonical(components(len(kept), [pairs]), uids, pixels * _MANY + num_copies)
+        rank = (pixels * 2 + is_bare) * _MANY + num_copies
+        chosen = canonical(components(len(kept), [pairs]), uids, rank)
         for one, other in (pairs.T, pairs.T[::-1]):
             goes = chosen[one] == other
             kept[one[goes]], rule[one[goes]] = other[goes], rules[goes]

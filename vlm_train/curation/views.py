@@ -21,16 +21,24 @@ THUMBNAIL_BYTES = SIDE * SIDE + 2 * COLOUR_SIDE * COLOUR_SIDE
 
 _CUT = 0.025
 """Of each side of the middle: half of what a cropped copy may lack."""
-_SPANS = ((0.0, 1.0), (_CUT, 1 - _CUT), (0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))  # of a side
-VIEWS = ((0, 0), (1, 1), (2, 0), (3, 0), (4, 0), (0, 2), (0, 3), (0, 4))
-"""(span of the height, span of the width): the whole, its middle, three strips across, three down."""
-WHOLE, MIDDLE, STRIPS = 0, 1, range(2, 8)
+_THIRDS, _QUARTERS = ([(i / num, (i + 1) / num) for i in range(num)] for num in (3, 4))
+_SPANS = ((0.0, 1.0), (_CUT, 1 - _CUT), *_THIRDS, *_QUARTERS)  # of a side
+VIEWS = (
+    (0, 0),
+    (1, 1),
+    *((down, across) for down in (2, 3, 4) for across in (2, 3, 4)),
+    *((strip, 0) for strip in (5, 6, 7, 8)),
+    *((0, strip) for strip in (5, 6, 7, 8)),
+)
+"""(span of the height, span of the width): the whole, its middle, nine tiles, four strips across, four down."""
+WHOLE, MIDDLE, PARTS = 0, 1, range(2, len(VIEWS))
 
 BITS = 256
 CODES_BYTES = len(VIEWS) * BITS // 8
 
-_LEAST_DETAIL = 1.0
-"""Grey levels of the frequencies of a view together; what has less is flat, and its code is 0."""
+_LEAST_DETAIL = 0.3
+"""Grey levels of the frequencies of a view together; what has less is flat, and its code is 0. Rounding a thumbnail
+gives a part of it up to 0.16."""
 _BELL = 0.6  # cells
 _FREQUENCIES, _COLOUR_FREQUENCIES = 4, 3
 
