@@ -12,11 +12,11 @@ import lightning
 
 from vlm_train.distributed import collectives
 from vlm_train.engine import pictures
-from vlm_train.engine.callbacks.checkpoint import Interrupted
 from vlm_train.engine.environment import environment
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.stops import Interrupted
 from vlm_train.errors import VlmError
 from vlm_train.evaluation.retrieval import Retrieval, RetrievalExamples
 from vlm_train.log import get_logger

@@ -1,0 +1,67 @@
+"""Signals that ask a run to stop: a flag that all ranks agree on.
+
+A signal handler only sets the flag. It is agreed on by all ranks at the end of a step (a maximum over ranks, so one
+signalled rank is enough); every rank then saves at that same step, and the run ends with the shell's code for the
+signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from vlm_train.distributed import collectives
+from vlm_train.errors import VlmError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(VlmError):
+    """The run was asked to stop and has saved its state. Exit code 128 + signal, as shells use."""
+
+    def __init__(self, signum: int, step: int, path: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; state is in {path}",
+            remedy="run the same command again: it resumes",
+        )
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """Takes the signals over while a run can save: Lightning's own SIGTERM path ends a run without saving it."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def take(self) -> None:
+        """From now on a signal sets the flag; a second Ctrl-C ends at once."""
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def give_back(self) -> None:
+        """The signals do what they did before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def give_up(self) -> None:
+        """Nobody asks for the flag any more: the signals go back, and one that came too late to be seen is sent
+        again."""
+        self.give_back()
+        if self._signal:
+            signal.raise_signal(self._signal)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank met, 0 for none. Collective."""
+        return int(collectives.all_reduce_max(torch.tensor([self._signal], device=device)).item())
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._signal and signum == signal.SIGINT:
+            os._exit(128 + signum)
+        self._signal = signum
