@@ -33,12 +33,12 @@ CROPPED, CROPPED_COLOUR = 24.0, 16.0
 SAME_UNCOVERED = 12.0
 """Of 256 levels."""
 START, LEAST_CUT, MOST_CUT = 0.025, 0.008, 0.06
-LEAST_COVERED, MOST_COVERED, LEAST_FILLED = 0.03, 0.15, 0.6
+LEAST_COVERED, MOST_COVERED, LEAST_FILLED = 0.02, 0.15, 0.6
 ONE_COLOUR, LEAST_OF_ONE = 6.0, 0.7
 """Levels around its median brightness within which so much of the middle of a box lies."""
 AS_COLOURED, MOST_BESIDE = 8.0, 0.3
 """Levels around its median brightness and colour within which so much lies, at most, of what is next to a box."""
-MOST_DIFFERING, LEAST_DETAIL = 0.2, 0.3
+MOST_DIFFERING, LEAST_DETAIL = 0.2, 0.15
 """Root mean square difference of the rest over its standard deviation, and that in levels."""
 
 _HOPELESS = (45.0, 20.0, 16.0, 16.0)
