@@ -1,0 +1,63 @@
+"""`vlm-train sync`: the folder of a run, as it is, into Weights & Biases as one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_train.cli.options import Option, arguments, choice, plain
+from vlm_train.cli.progress import Ticker
+from vlm_train.errors import ConfigError
+
+USAGE = """usage: vlm-train sync RUN ... [--mode online|offline] [--project NAME] [--entity NAME]
+
+  vlm-train sync runs/quickstart/latest                   what W&B does not have of it yet, under the run's id
+  vlm-train sync runs/quickstart/latest --mode offline    one folder RUN/wandb/offline-run-*, for `wandb sync` later
+
+Rows, scores of evaluations and pictures. Can be repeated, also while the run trains; project and entity are those of
+the run's config where nothing else is said."""
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    known = {
+        "--mode": Option(choice("online", "offline"), "online"),
+        "--project": Option(plain),
+        "--entity": Option(plain),
+    }
+    runs, options = arguments(words, {"RUN": plain}, known, many=True)
+    from pathlib import Path
+
+    from vlm_train.schema import read_config
+
+    configs = [(Path(run), read_config(Path(run))) for run in runs]  # refused before any of them is sent
+    for path, config in configs:
+        sync(path, config, options)
+    return 0
+
+
+def sync(path: Any, config: Any, options: dict[str, Any]) -> None:
+    """One run. Raises ConfigError where W&B cannot be reached, or the run has no row yet."""
+    from vlm_train.engine.rundir import RunDirectory
+    from vlm_train.engine.wandb import begin, last_step, replay
+    from vlm_train.locations import in_texts, scrubbed
+    from vlm_train.schema import plain as as_dict
+
+    run = RunDirectory(path.resolve())
+    if not last_step(run):
+        raise ConfigError(f"{path} has nothing to send", got="no row in metrics.jsonl",
+                          allowed="a run that has trained", remedy="vlm-train train ...")  # fmt: skip
+    resolved = in_texts(scrubbed, as_dict(config))
+    there = begin(
+        run,
+        project=options["--project"] or config.logger.get("project", "vlm-train"),
+        entity=options["--entity"] or config.logger.get("entity"),
+        mode=options["--mode"],
+        run_id=config.run.id,
+        config=resolved,
+    )
+    url = there.url
+    num = replay(run, there, Ticker("rows"))
+    print(f"{path}: {num} rows sent{f' to {url}' if url else ''}")
