@@ -38,15 +38,25 @@ GPU_PEAK_TFLOPS = {
 def training_flops_per_sample(model: Any, num_text_tokens: int, num_images: float | None = None) -> float:
     """FLOPs of forward and backward of one sample. `num_images`: of a dialogue, the mean; None where a sample has the
     one that the model counts."""
+    return sum(training_flops_by_part(model, num_text_tokens, num_images).values())
+
+
+def training_flops_by_part(model: Any, num_text_tokens: int, num_images: float | None = None) -> dict[str, float]:
+    """As `training_flops_per_sample`, of each part that `forward_flops` tells of."""
     counts = (num_text_tokens,) if num_images is None else (num_text_tokens, num_images)
-    total = 0.0
+    parts: dict[str, float] = {}
     for part, forward in model.forward_flops(*counts).items():
         module = _module(model, part)
-        if _learns(module) or _passes_gradients(model, part):
-            total += 3 * forward - _frozen_products(module, forward, num_text_tokens)
+        if runs_backward(model, part):
+            parts[part] = 3 * forward - _frozen_products(module, forward, num_text_tokens)
         else:
-            total += forward
-    return total
+            parts[part] = forward
+    return parts
+
+
+def runs_backward(model: Any, part: str) -> bool:
+    """Whether gradients come through a part: it learns, or something that it reads does."""
+    return _learns(_module(model, part)) or _passes_gradients(model, part)
 
 
 def shapes_of(model: nn.Module) -> nn.Module:

@@ -1,0 +1,158 @@
+"""`vlm-train plan`: what a config takes of memory, time and money, before anything of it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.cli.arguments import Arguments, parse
+from vlm_train.cli.options import count, number, out_file, whole
+from vlm_train.cli.paths import groups
+from vlm_train.errors import ConfigError, VlmError
+from vlm_train.log import get_logger
+
+if TYPE_CHECKING:
+    from vlm_train.plan.estimate import Machine, Plan
+
+USAGE = """usage: vlm-train plan [experiment=NAME] [group=choice] [key=value] [gpu=NAME] [gpus=N,N,...] [--json FILE]
+       vlm-train plan --all [gpu=NAME] [gpus=N] [--json FILE]
+
+  vlm-train plan experiment=clip_b16 gpu=h100 gpus=8,16,64 mfu=0.4
+  vlm-train plan experiment=flip_b16 gpu=h100 gpus=64 walltime=24:00:00
+  vlm-train plan --all
+
+From the config alone, without a GPU, weights or data: parameters and FLOPs by module, memory of a rank, steps, hours,
+GPU hours, money, checkpoints; and what would fit better. Weights, gradients and optimizer state are exact, activations
+are those of one step that runs on shapes, time is FLOPs over what the GPUs do at a given utilisation.
+
+  gpu=NAME           kind of GPU; h100 if left out
+  gpus=N,N,...       on how many; trainer.devices x trainer.num_nodes if left out
+  mfu=X              share of the GPU's peak while a step computes; 0.35 if left out
+  price=USD          of a GPU for an hour, in place of what is assumed of the kind
+  walltime=TIME      H:MM:SS or D-HH:MM:SS of a job; how many of them the run takes
+  samples=N          of the dataset, for epochs; the manifest's if it is there
+  tokens=N           of a text or dialogue; the longest that the model reads if left out
+  disk=GB            a second, of checkpoints; 1 if left out
+  --all              one line for each experiment
+  --json FILE        also write it all as JSON"""
+
+KEYS = {"gpu": "NAME", "gpus": "N,N,...", "mfu": "SHARE", "price": "USD", "walltime": "H:MM:SS", "samples": "N",
+        "tokens": "N", "disk": "GB"}  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    rest, is_all, file = split_flags(words)
+    get_logger("vlm_train.engine.optim").setLevel("WARNING")  # it tells of groups that a run has
+    arguments = parse(rest, KEYS, verb="plan", rest=True)
+    nums_gpus = arguments.optional("gpus", _counts)
+    walltime = arguments.optional("walltime", seconds_of)
+    samples = arguments.optional("samples", count())
+    if is_all:
+        return _all(arguments, nums_gpus, file)
+    from vlm_train.cli.plan_page import described
+
+    plans = _plans(arguments.overrides, machine_of(arguments), nums_gpus, arguments.optional("tokens", count()))
+    print("\n".join(described(plans, machine_of(arguments), walltime, samples)))
+    _write(file, {plan.name: _plain(plan) for plan in plans})
+    return 0
+
+
+def machine_of(arguments: Arguments) -> Machine:
+    """What is planned for. Raises ConfigError."""
+    mfu = arguments.optional("mfu", number(0.01, 1.0), 0.35)
+    price = arguments.optional("price", number(0.0, 1e6))
+    disk = arguments.optional("disk", number(0.001, 1e6), 1.0)
+    from vlm_train.plan.estimate import Machine
+    from vlm_train.plan.hardware import gpu_of
+
+    gpu = gpu_of(arguments.optional("gpu", default="h100"))
+    return Machine(gpu=gpu, mfu=mfu, price=gpu.price if price is None else price, disk=disk * 1e9)
+
+
+def seconds_of(name: str, text: str) -> int:
+    """SLURM's H:MM:SS or D-HH:MM:SS in seconds. Raises ConfigError."""
+    found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", text)
+    total = 0
+    if found:
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ConfigError(f"{name} is no time", got=text, allowed="H:MM:SS or D-HH:MM:SS, above 0",
+                          remedy=f"{name}24:00:00")  # fmt: skip
+    return total
+
+
+def _counts(name: str, text: str) -> list[int]:
+    return [whole(1, 1 << 20, what="is no number of GPUs")(name, part) for part in text.split(",")]
+
+
+def split_flags(words: list[str]) -> tuple[list[str], bool, Path | None]:
+    """The other words, whether `--all` is among them, and the file of `--json`. Raises ConfigError."""
+    rest, is_all, file, pending = [], False, None, iter(words)
+    for word in pending:
+        flag, separator, value = word.partition("=")
+        if flag == "--all" and not separator:
+            is_all = True
+        elif flag == "--json":
+            file = out_file("--json", value if separator else next(pending, ""))
+        elif flag == "--config-dir":
+            rest += [word] if separator else [f"{word}={next(pending, '')}"]
+        else:
+            rest.append(word)
+    return rest, is_all, file
+
+
+def _plans(
+    words: list[str], machine: Machine, nums_gpus: list[int] | None, tokens: int | None, *, briefly: bool = False
+) -> list[Plan]:
+    """A plan for each stage of the config that these words describe. Raises ConfigError."""
+    from vlm_train.cli.compose import compose_config
+    from vlm_train.cli.stages import compose_stages
+    from vlm_train.plan.estimate import Planner
+
+    config = compose_config(words)
+    plans = []
+    for name, stage in (compose_stages(config, words) or {config.run.experiment: config}).items():
+        planner = Planner(stage, machine, tokens, briefly=briefly)
+        default = [stage.trainer.devices * stage.trainer.num_nodes]
+        plans.append(planner.plan(name, nums_gpus or default))
+    return plans
+
+
+def _all(arguments: Arguments, nums_gpus: list[int] | None, file: Path | None) -> int:
+    """One line for each experiment, and why one cannot be planned."""
+    from vlm_train.cli.plan_page import HEADER, assumptions, summary
+
+    machine, tokens = machine_of(arguments), arguments.optional("tokens", count())
+    told: dict[str, Any] = {}
+    print(HEADER)
+    for name in groups()["experiment"]:
+        try:
+            words = [f"experiment={name}", *arguments.overrides]
+            plans = _plans(words, machine, nums_gpus and nums_gpus[:1], tokens, briefly=True)
+        except VlmError as error:
+            told[name] = {"cannot be planned": error.what}
+            print(f"{name:22} cannot be planned: {error.what.splitlines()[0]}", flush=True)
+        else:
+            told[name] = [_plain(plan) for plan in plans]
+            print(summary(name, plans), flush=True)
+    print("\n".join(["", *assumptions(machine)]))
+    _write(file, told)
+    return 0
+
+
+def _plain(plan: Any) -> Any:
+    from dataclasses import asdict
+
+    return asdict(plan)
+
+
+def _write(file: Path | None, content: Any) -> None:
+    if file is not None:
+        file.write_text(json.dumps(content, indent=1) + "\n")
