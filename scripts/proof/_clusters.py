@@ -20,15 +20,14 @@ _CONFIG = """\
 ClusterName=proof
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -40,11 +39,16 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=2
 MaxArraySize={max_array}
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs={num_cpus} RealMemory=4000 State=UNKNOWN
+{nodes}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_time}
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 State=UNKNOWN"
 
 
 def lacks_slurm() -> str | None:
@@ -56,18 +60,22 @@ def lacks_slurm() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, *, num_cpus: int = 4, max_array: int = 1001) -> Iterator[int]:
-    """SLURM of one node with `num_cpus` processors, whatever this machine has: the process of its node. `folder`: a new
-    one."""
+def slurm_cluster(
+    folder: Path, *, num_cpus: int = 4, max_array: int = 1001, grace_time: int = 20, num_nodes: int = 1
+) -> Iterator[int]:
+    """SLURM of one node, or of two that are this machine, with `num_cpus` processors each, whatever this machine has:
+    the process of its first node. `folder`: a new one. Jobs of the partition `high` take the place of those of `low`,
+    which have `grace_time` seconds to save."""
     folder.mkdir()
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
+    (folder / "state").mkdir()
     key, path = folder / "munge.key", folder / "slurm.conf"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     host = socket.gethostname().partition(".")[0]
-    path.write_text(_CONFIG.format(folder=folder, host=host, num_cpus=num_cpus, max_array=max_array,
-                                   controller_port=free_port(), node_port=free_port()))  # fmt: skip
+    names = (host, "localhost")[:num_nodes]  # ranks find each other by these
+    nodes = [_NODE.format(name=name, host=host, port=free_port(), cpus=num_cpus) for name in names]
+    path.write_text(_CONFIG.format(folder=folder, host=host, nodes="\n".join(nodes), max_array=max_array,
+                                   grace_time=grace_time, controller_port=free_port()))  # fmt: skip
     munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     with ExitStack() as stack:
@@ -75,10 +83,12 @@ def slurm_cluster(folder: Path, *, num_cpus: int = 4, max_array: int = 1001) -> 
         stack.enter_context(_daemon(munge, folder))
         until((folder / "munge.socket").exists, "munged")
         stack.enter_context(_daemon(["slurmctld", "-D", "-f", str(path)], folder))
-        node = stack.enter_context(_daemon(["slurmd", "-D", "-f", str(path), "-N", host], folder))
-        until(lambda: "idle" in told("sinfo", "--noheader", "--format=%T"), "slurmd")
+        daemons = [
+            stack.enter_context(_daemon(["slurmd", "-D", "-f", str(path), "-N", name], folder)) for name in names
+        ]
+        until(lambda: set(told("sinfo", "--noheader", "--Node", "--format=%T").split()) == {"idle"}, "slurmd")
         stack.callback(_end_jobs)
-        yield node
+        yield daemons[0]
 
 
 def told(*command: str) -> str:
@@ -143,9 +153,9 @@ def _daemon(command: list[str], folder: Path) -> Iterator[int]:
             process.wait()
 
 
-def until(is_so: Callable[[], bool], what: str) -> None:
+def until(is_so: Callable[[], bool], what: str, patience: float = _PATIENCE) -> None:
     """Waits. Raises AssertionError where it takes too long."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while not is_so():
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.1)

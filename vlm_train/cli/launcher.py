@@ -18,6 +18,7 @@ from types import FrameType
 
 SAVE_SECONDS = 120.0  # how long ranks may take to finish after one of them ended
 FAIL_SECONDS = 5.0
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train.cli.rank") -> int:
@@ -41,7 +42,7 @@ def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train
             if process.poll() is None:
                 process.send_signal(signum)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         return _wait(ranks)
     finally:
@@ -59,8 +60,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         for process in ranks:
             if process.returncode and not first_failure:
                 first_failure = process.returncode
-                saved = first_failure in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+                saved = first_failure - 128 in FORWARDED
                 deadline = time.monotonic() + (SAVE_SECONDS if saved else FAIL_SECONDS)
         time.sleep(0.05)
-    code = first_failure or next((process.returncode for process in ranks if process.returncode), 0)
-    return code if code >= 0 else 1
+    codes = [first_failure, *(process.returncode or 0 for process in ranks)]
+    said = next((code for code in codes if code > 0), None)  # a rank that was killed says nothing, another may know why
+    return said if said is not None else int(any(codes))

@@ -1,4 +1,8 @@
-"""`python -m vlm_train.cli.rank RUN_DIR [CHECKPOINT]`: what each rank runs. The config was composed before."""
+"""`python -m vlm_train.cli.rank RUN_DIR [CHECKPOINT]`: what each rank runs. The config was composed before.
+
+The environment says which rank this is: with the variables of torchrun, as our launcher sets them too, or with those of
+srun.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from vlm_train.cli import slurm_ranks
 from vlm_train.cli.outcome import tell
+from vlm_train.engine.requeue import Job
+from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError, VlmError
 from vlm_train.log import global_rank
 
@@ -20,9 +27,18 @@ PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str]) -> None:
     """Trains this rank's share."""
-    from vlm_train import training
+    run, checkpoint = _places(arguments)
+    slurm_ranks.adopt()
+    job = Job.from_environment()
+    if job is not None:
+        slurm_ranks.stop_before_training(RunDirectory(run))
+    _check_world_size(run)
+    if job is not None:
+        slurm_ranks.train(run, checkpoint, job)
+    else:
+        from vlm_train import training
 
-    training.train(*_places(arguments))
+        training.train(run, checkpoint)
 
 
 def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
@@ -53,6 +69,18 @@ def _places(arguments: list[str]) -> tuple[Path, Path | None]:
                           allowed="python -m vlm_train.cli.rank RUN_DIR [CHECKPOINT], RUN_DIR with a config.yaml",
                           remedy="vlm-train train ... makes the run, and starts its ranks")  # fmt: skip
     return Path(arguments[0]), Path(arguments[1]) if len(arguments) == 2 else None
+
+
+def _check_world_size(run: Path) -> None:
+    """Raises ConfigError where there are more or fewer ranks than the run is for."""
+    from vlm_train.schema import read_config
+
+    trainer = read_config(run).trainer
+    wanted, found = trainer.devices * trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
+    if found != wanted:
+        raise ConfigError(f"{run} is for another number of ranks", got=f"WORLD_SIZE={found}",
+                          allowed=f"trainer.devices={trainer.devices} on each of trainer.num_nodes={trainer.num_nodes}",
+                          remedy=f"start {wanted} ranks, or change these keys")  # fmt: skip
 
 
 def die_with_parent() -> None:

@@ -18,7 +18,7 @@ import torch
 from vlm_train.distributed import collectives
 from vlm_train.errors import VlmError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(VlmError):
@@ -37,6 +37,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._signal = 0
+        self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
     def take(self) -> None:
@@ -62,6 +63,8 @@ class StopSignals:
         return int(collectives.all_reduce_max(torch.tensor([self._signal], device=device)).item())
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked worker: a scheduler signals every process, the trainer decides
+            return
         if self._signal and signum == signal.SIGINT:
             os._exit(128 + signum)
         self._signal = signum

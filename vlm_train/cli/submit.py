@@ -1,0 +1,186 @@
+"""`vlm-train submit`: what `vlm-train train` would do here, as a job of SLURM, which is queued again until it is done.
+
+The run is named and its config composed once, now. RUN/submit/TIME holds a copy of the code, the resolved config and
+job.sbatch, and the job reads nothing else of ours: one that is queued again days later runs the same. With `--sweep`
+the runs are folders of one that holds them, and tasks of one array.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_train.cli.paths import PACKAGE, conf_dir, slurm_dir
+from vlm_train.errors import ConfigError, VlmError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vlm_train.cli.slurm_config import LaunchConfig
+    from vlm_train.cli.stages import Stages
+
+USAGE = """usage: vlm-train submit [words of train] [launch.KEY=VALUE] [--sweep KEY=A,B,C] [--watch]
+
+  vlm-train submit experiment=quickstart launch.partition=gpu launch.time=4:00:00
+  vlm-train submit experiment=clip_b32 trainer.num_nodes=2 trainer.devices=8 strategy=ddp
+  vlm-train submit experiment=quickstart --sweep seed=0,1,2 --sweep optim.lr=1e-3,3e-4
+
+The job saves and is queued again when it is preempted, when its time is over, and when it fails after it got further
+than before; it goes on from its newest checkpoint. Without sbatch here, or with launch.dry_run=true, the job is
+written and not sent.
+
+  launch.partition account qos constraint      where; as sbatch takes them
+  launch.time launch.mem launch.cpus           time of the job, memory of a node, processors of a rank
+  launch.gpu_type launch.sbatch                what GPUs are called here; further options of sbatch, a list
+  launch.setup launch.container                lines of bash before all else, a list; an image
+  launch.signal_seconds launch.max_requeues    how long before its end a job saves; when it gives up
+  launch.dry_run=true                          write job.sbatch and do not send it
+  --sweep KEY=A,B,C                            a run for each value, as an array; several: for each combination
+  --watch                                      show the log until the job ends; Ctrl-C stops showing it
+  all of them with their meaning: vlm-train configs show launch/slurm"""
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    from vlm_train.cli import slurm_watch
+    from vlm_train.cli.overrides import split_config_dir
+    from vlm_train.cli.slurm_config import compose_launch, is_of_launch
+
+    rest, sweeps, watches = split_options(words)
+    _, extra = split_config_dir(rest)
+    launch = compose_launch([word for word in rest if is_of_launch(word)] + (["--config-dir", extra] if extra else []))
+    train_words = [word for word in rest if not is_of_launch(word)]
+    is_dry = launch.dry_run or shutil.which("sbatch") is None
+    if watches and (is_dry or sweeps):
+        raise ConfigError("--watch shows the log of one job", got="--sweep" if sweeps else "a job that is not sent",
+                          allowed="one run, where sbatch is", remedy="leave out --watch")  # fmt: skip
+    runs = _runs(train_words, sweeps)
+    folder = _write(runs, launch)
+    print(plan_line(runs, launch))
+    job = folder / "job.sbatch"
+    if is_dry:
+        print(job.read_text(), end="")
+        print(f"\nnot sent: {'launch.dry_run=true' if launch.dry_run else 'there is no sbatch here'}")
+        print(f"next: sbatch {shlex.quote(str(job))}")
+        return 0
+    number = _send(job)
+    print(f"job {number}: {job}\nnext: squeue --job {number}; tail -F {folder}/*log.txt")
+    return slurm_watch.watch(number, folder) if watches else 0
+
+
+def plan_line(runs: Sequence[tuple[DictConfig, Stages, list[str]]], launch: LaunchConfig) -> str:
+    """What is asked for, in one line."""
+    config = runs[0][0]
+    trainer, several = config.trainer, f"{len(runs)} runs, each " if len(runs) > 1 else ""
+    machines = f"{trainer.num_nodes} x {trainer.devices} ranks for at most {launch.time} at a time"
+    return f"plan: {several}{trainer.max_steps} steps of {trainer.global_batch} samples on {machines}"
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """(other words, what is swept over, whether the log is watched)."""
+    rest: list[str] = []
+    sweeps: list[str] = []
+    pending = iter(words)
+    for word in pending:
+        if word == "--sweep" or word.startswith("--sweep="):
+            sweeps.append(word.partition("=")[2] if "=" in word else next(pending, ""))
+        elif word.startswith("--") and word != "--watch" and not word.startswith("--config-dir"):
+            close = nearest(word, ("--sweep", "--watch", "--config-dir"))
+            raise ConfigError("vlm-train submit has no such option", got=word, allowed="--sweep, --watch, --config-dir",
+                              remedy=close[0] if close else "vlm-train submit --help")  # fmt: skip
+        elif word != "--watch":
+            rest.append(word)
+            rest += [next(pending, "")] if word == "--config-dir" else []
+    return rest, sweeps, "--watch" in words
+
+
+def _runs(words: list[str], sweeps: Sequence[str]) -> list[tuple[DictConfig, Stages, list[str]]]:
+    """(config, configs of its stages, words of train) of every run, each with its name and its place. Raises
+    ConfigError."""
+    from vlm_train.cli.overrides import alternatives
+    from vlm_train.cli.runs import choose_run
+    from vlm_train.cli.train import read_command
+
+    config, stages = read_command(words)
+    _refuse_checkpoint(config.run.resume)
+    if sweeps:
+        config.run.resume = "never" if config.run.dir is None and config.run.id is None else config.run.resume
+    choose_run(config)
+    config.run.resume = "auto"
+    if not sweeps:
+        return [(config, stages, words)]
+    runs = []
+    for number, chosen in enumerate(itertools.product(*map(alternatives, sweeps))):
+        name = f"{number:02}-" + re.sub(r"[^\w.-]+", "-", "-".join(word.split(".")[-1] for word in chosen))[:60]
+        own_words = [*words, *chosen]
+        own, own_stages = read_command(own_words)
+        own.run.dir, own.run.id, own.run.resume = f"{config.run.dir}/{name}", f"{config.run.id}-{name}", "auto"
+        runs.append((own, own_stages, own_words))
+    _refuse_other_machines(runs)
+    return runs
+
+
+def _refuse_checkpoint(resume: str) -> None:
+    from vlm_train.cli.runs import is_checkpoint
+
+    if resume not in ("auto", "never") and is_checkpoint(Path(resume)):
+        raise ConfigError("a job that is queued again goes on from the newest checkpoint, not from one that is named",
+                          got=f"run.resume={resume}", allowed="auto, never, or a run",
+                          remedy=f"run.resume={Path(resume).parent.parent}")  # fmt: skip
+
+
+def _refuse_other_machines(runs: Sequence[tuple[DictConfig, Stages, list[str]]]) -> None:
+    """An array asks for the same machines for all of its tasks."""
+    for key in ("num_nodes", "devices", "accelerator"):
+        values = list(dict.fromkeys(config.trainer[key] for config, _, _ in runs))
+        if len(values) > 1:
+            raise ConfigError("runs of one array have the same machines", got=f"trainer.{key}={values}",
+                              allowed="one value", remedy="submit them one by one")  # fmt: skip
+
+
+def _write(runs: Sequence[tuple[DictConfig, Stages, list[str]]], launch: LaunchConfig) -> Path:
+    """The folder of a submission with all that its job needs."""
+    from vlm_train.cli import slurm_job, slurm_script
+    from vlm_train.locations import in_texts, scrubbed
+
+    first = Path(runs[0][0].run.dir)
+    folder = (first if len(runs) == 1 else first.parent).absolute() / "submit" / time.strftime("%Y%m%d-%H%M%S")
+    tasks = [folder / slurm_script.TASKS / f"{number:02}" for number in range(len(runs))]
+    try:
+        folder.mkdir(parents=True)
+        _copy_code(folder / slurm_script.CODE)
+        for task, (config, stages, words) in zip(tasks, runs, strict=True):
+            slurm_job.write_task(task, config, stages, in_texts(scrubbed, words))
+        (folder / "job.sbatch").write_text(slurm_script.script(runs[0][0], launch, folder, tasks))
+    except OSError as error:
+        raise VlmError(f"the job cannot be written: {error.strerror}", got=folder, allowed="a place to write to",
+                       remedy="run.dir=runs/mine, or try again in a second") from error  # fmt: skip
+    return folder
+
+
+def _copy_code(folder: Path) -> None:
+    """The package and what lies beside it, laid out as they are."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored)
+    for beside in (conf_dir(), slurm_dir()):
+        if beside.parent == PACKAGE.parent:
+            shutil.copytree(beside, folder / beside.name)
+
+
+def _send(job: Path) -> str:
+    """The number that SLURM gives to the job. Raises VlmError where it refuses."""
+    sent = subprocess.run(["sbatch", "--parsable", str(job)], capture_output=True, text=True)
+    if sent.returncode != 0:
+        raise VlmError("sbatch refused the job", got=sent.stderr.strip(), allowed="what `sinfo` and the site allow",
+                       remedy=f"launch.KEY=VALUE, or change {job} and send it with sbatch")  # fmt: skip
+    return sent.stdout.strip().partition(";")[0]
