@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlm_train.engine.rundir import write_atomic
 from vlm_train.errors import CheckpointError
@@ -22,6 +24,9 @@ from vlm_train.log import get_logger
 LOG = get_logger(__name__)
 STATE = "state.ckpt"
 """A file, or the folder of a sharded strategy: a file of each rank and what lies where."""
+
+Entry = dict[str, Any]
+"""What a manifest says of a file: `size` in bytes and `sha256`."""
 
 
 def name_of(step: int) -> str:
@@ -34,9 +39,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def named(folder: Path) -> list[Path]:
+    """Directories with the name of a checkpoint, oldest first, damaged ones included; a temporary one has another."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first; a temporary one is not among them."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+    return [path for path in named(folder) if (path / "manifest.json").is_file()]
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -48,42 +59,77 @@ def begin(folder: Path, step: int) -> Path:
     return temporary
 
 
-def commit(temporary: Path, step: int, keep: int) -> Path:
-    """Checksums, renames and publishes a fully written directory, then verifies it and retires older ones."""
-    folder = temporary.parent
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
-        _flush(path)
-    listing = {
-        str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    write_atomic(temporary / "manifest.json", json.dumps({"version": 1, "step": step, "files": listing}, indent=1))
+def entry(file: Path) -> Entry:
+    """What the manifest says of a file, which is on the disk afterwards and not only in the system's memory."""
+    _flush(file)
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def commit(
+    temporary: Path,
+    step: int,
+    keep: int,
+    *,
+    keep_every_steps: int | None = None,
+    entries: Mapping[str, Entry] | None = None,
+) -> Path:
+    """Checksums, renames and publishes a fully written directory, then verifies it and retires older ones.
+
+    `entries`: of files whose writers have made theirs already; a file that is listed and not there fails to verify.
+    `keep`, `keep_every_steps`: see `retired`.
+    """
+    folder, known = temporary.parent, dict(entries or {})
+    for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        name = str(file.relative_to(temporary))
+        known[name] = known.get(name) or entry(file)
+    for inner in [path for path in temporary.rglob("*") if path.is_dir()]:
+        _flush(inner)
+    manifest = {"version": 1, "step": step, "files": dict(sorted(known.items()))}
+    write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    _flush(temporary)
     final = folder / name_of(step)
     if final.exists():  # the same step, reached again after a rewind to an older checkpoint
         _retire(final)
     os.rename(temporary, final)
     _flush(folder)
-    write_atomic(folder / "LATEST", final.name + "\n")
     verify(final)
-    for old in committed(folder)[:-keep]:
+    write_atomic(folder / "LATEST", final.name + "\n")
+    for old in retired(committed(folder), keep, keep_every_steps):
         _retire(old)
     return final
 
 
-def verify(path: Path) -> None:
-    """Compares every file with the manifest. Raises CheckpointError that names the first bad one."""
+def retired(checkpoints: list[Path], keep: int, keep_every_steps: int | None = None) -> list[Path]:
+    """Those of `checkpoints` (oldest first) that make room: all but the newest `keep`, and of these not one of a step
+    that `keep_every_steps` divides, which stays for ever."""
+    return [path for path in checkpoints[:-keep] if not keep_every_steps or step_of(path) % keep_every_steps]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError where there is none, or one of something else."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        files, step = manifest["files"], manifest["step"]
+        is_one = all({"size", "sha256"} <= expected.keys() for expected in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from error
-    for name, expected in manifest["files"].items():
+    if not is_one:
+        raise CheckpointError(f"{path} is not a committed checkpoint: its manifest is damaged")
+    if step != step_of(path.resolve()):
+        raise CheckpointError(f"{path}: the manifest is that of another step", got=step, allowed=step_of(path))
+    return manifest
+
+
+def verify(path: Path, *, checksums: bool = True) -> None:
+    """Compares every file with the manifest, or only the sizes. Raises CheckpointError that names the first bad one."""
+    for name, expected in read_manifest(path)["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
             raise CheckpointError(f"{path}: {name} has the wrong size", got=size, allowed=expected["size"])
-        if _sha256(file) != expected["sha256"]:
+        if checksums and _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{path}: the checksum of {name} does not match its manifest")
 
 
@@ -95,13 +141,15 @@ def identity(path: Path) -> str:
 def newest(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none. Raises CheckpointError if all are bad."""
     failures = []
-    for path in reversed(committed(folder)):
+    for path in reversed(named(folder)):
         try:
             check(path)
-            return path
         except CheckpointError as error:
             LOG.warning("passing over a bad checkpoint: %s", error)
             failures.append(str(error))
+            continue
+        _compare_latest(folder, path)
+        return path
     if failures:
         raise CheckpointError(
             "no checkpoint verifies", got="; ".join(failures), remedy="run.resume=never starts afresh"
@@ -109,11 +157,44 @@ def newest(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
     return None
 
 
+def _compare_latest(folder: Path, found: Path) -> None:
+    """LATEST is for people and other programs. One that points nowhere means that somebody removed a checkpoint."""
+    try:
+        told = (folder / "LATEST").read_text().strip()
+    except OSError:
+        return
+    if not (folder / told).is_dir():
+        LOG.warning("%s names %s, which is not there; going by %s", folder / "LATEST", told or "nothing", found.name)
+
+
 def retire_after(folder: Path, step: int) -> None:
     """Removes checkpoints beyond `step`: a run that goes on from there will write them anew."""
-    for path in committed(folder):
+    for path in named(folder):
         if step_of(path) > step:
             _retire(path)
+
+
+def prune(folder: Path, keep: int, keep_every_steps: int | None = None, *, dry: bool = False) -> list[Path]:
+    """Removes what a run with this `keep` would have removed, and never the newest that verifies: the paths, oldest
+    first. Damaged ones do not count among those that stay, and go too, where a newer one verifies. `dry`: says only.
+
+    Raises CheckpointError where none verifies: then nothing is removed.
+    """
+    best = newest(folder)
+    if best is None:
+        return []
+    good, bad = [], []
+    for path in named(folder):
+        try:
+            verify(path)
+            good.append(path)
+        except CheckpointError:
+            bad.append(path)
+    gone = sorted([*retired(good, keep, keep_every_steps), *bad], key=step_of)
+    gone = [path for path in gone if step_of(path) < step_of(best)]
+    for path in [] if dry else gone:
+        _retire(path)
+    return gone
 
 
 def _sha256(path: Path) -> str:

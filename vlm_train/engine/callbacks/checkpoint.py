@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import lightning
 
 from vlm_train.engine import checkpoints
+from vlm_train.engine.rewinds import Spike
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.saving import Saver
 from vlm_train.engine.stops import Interrupted, StopSignals
-from vlm_train.errors import CheckpointError, VlmError
+from vlm_train.engine.strategies import state_of
+from vlm_train.errors import CheckpointError
+from vlm_train.log import get_logger
 from vlm_train.types import Batch
+
+LOG = get_logger(__name__)
+COPY_SECONDS = {True: 300.0, False: 20.0}
+"""How long a run waits for the copy of its last checkpoint: at its end; after a signal, when a kill may follow."""
 
 
 class Checkpoint(lightning.Callback):
@@ -21,13 +27,13 @@ class Checkpoint(lightning.Callback):
 
     Args:
         run: the run's directory.
+        saver: what writes them.
         every_steps: period.
-        keep: committed checkpoints that stay.
         num_steps: the last step, which is always saved.
     """
 
-    def __init__(self, *, run: RunDirectory, every_steps: int, keep: int, num_steps: int) -> None:
-        self.run, self.every_steps, self.keep, self.num_steps = run, every_steps, keep, num_steps
+    def __init__(self, *, run: RunDirectory, saver: Saver, every_steps: int, num_steps: int) -> None:
+        self.run, self.saver, self.every_steps, self.num_steps = run, saver, every_steps, num_steps
         self._stops = StopSignals()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -39,8 +45,17 @@ class Checkpoint(lightning.Callback):
         self._stops.give_back()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Gives them up, but after `Interrupted`: a second Ctrl-C still ends at once."""
-        if not isinstance(exception, Interrupted):
+        """Gives them up, but after `Interrupted`: a second Ctrl-C still ends at once. What is being written is finished
+        first, for a rewind will look for it."""
+        if isinstance(exception, Interrupted):
+            return
+        try:
+            self.saver.join()
+        except CheckpointError as error:
+            if isinstance(exception, Spike):
+                raise
+            LOG.warning("%s", error)  # what ends the run is told by whoever catches it
+        finally:
             self._stops.give_up()
 
     def on_train_batch_end(
@@ -49,30 +64,15 @@ class Checkpoint(lightning.Callback):
         """Saves when it is time, or when any rank was asked to stop."""
         step = batch["step"] + 1
         requested = self._stops.agreed(pl_module.device)
-        if not (requested or step % self.every_steps == 0 or step == self.num_steps):
+        is_last = step == self.num_steps
+        if not (requested or step % self.every_steps == 0 or is_last):
             return
-        path = self._save(trainer, step)
-        if requested and step < self.num_steps:
+        self.saver.save(step, state_of(trainer))
+        if not (requested or is_last):
+            return
+        self.saver.finish(COPY_SECONDS[is_last])
+        trainer.strategy.barrier("checkpoint")  # what rank 0 has committed is there for every rank
+        if requested and not is_last:
             if trainer.is_global_zero:
                 self.run.event("interrupted", {"step": step, "signal": signal.Signals(requested).name})
-            raise Interrupted(requested, step, path)
-
-    def _save(self, trainer: lightning.Trainer, step: int) -> Path:
-        folder = self.run.checkpoints
-        temporary: Path | None = None
-        try:
-            temporary = checkpoints.begin(folder, step) if trainer.is_global_zero else None
-            trainer.save_checkpoint(str(Path(trainer.strategy.broadcast(str(temporary))) / checkpoints.STATE))
-            final = checkpoints.commit(temporary, step, self.keep) if temporary else folder / checkpoints.name_of(step)
-        except (OSError, RuntimeError, VlmError) as error:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written: {error}",
-                got=f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free in {folder}",
-                remedy="free space, then run the same command: it resumes from the last committed checkpoint",
-            ) from error
-        trainer.strategy.barrier("checkpoint")
-        if trainer.is_global_zero:
-            self.run.event("checkpoint", {"step": step, "path": final.name})
-        return final
+            raise Interrupted(requested, step, self.run.checkpoints / checkpoints.name_of(step))
