@@ -25,7 +25,8 @@ from vlm_train.schema import Config, check, flatten, learning_view
 
 TEXTS = ("auto", "abc", "https://u:hush@h/x?y", "a/b", "..", "a\0b", "${nope}", "???", "vlm_train.x.Y", "1e9", "nan")
 WORDS = ("shards", "weight", "selection", "_target_", "_partial_", "a", "name", "lr")
-CHOICES = [(group, choice) for group, choices in groups().items() if group != "curation" for choice in choices]
+OTHER_ROOTS = ("curation", "launch")  # groups that no run has
+CHOICES = [(group, choice) for group, choices in groups().items() if group not in OTHER_ROOTS for choice in choices]
 NEEDS = {
     ("precision", "fp16"): "a GPU",
     ("logger", "wandb"): "tests/engine/test_wandb.py",

@@ -13,11 +13,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from vlm_train import __version__
-from vlm_train.cli import configs, data, evaluate, export, import_weights, predict
+from vlm_train.cli import configs, data, doctor, evaluate, export, import_weights, plan, predict, submit
 from vlm_train.cli.arguments import parse
 from vlm_train.cli.compose import compose_config
 from vlm_train.cli.main import VERBS
 from vlm_train.cli.paths import groups
+from vlm_train.cli.slurm_config import is_of_launch
 from vlm_train.data.decode import SampleError
 from vlm_train.data.scenes.make import make_sample
 from vlm_train.data.verify import Verdict
@@ -106,6 +107,12 @@ def accepts(words: list[str]) -> None:
         "configs": lambda: configs.main(rest),
         "predict": lambda: parse(rest, predict.KEYS, verb=verb, repeatable=("text",)),
         "export": lambda: parse(rest, export.KEYS, verb=verb),
+        "plan": lambda: compose_config(parse(plan.split_flags(rest)[0], plan.KEYS, verb=verb, rest=True).overrides),
+        "doctor": lambda: compose_config(doctor.parted(rest)[0]),
+        "submit": lambda: compose_config([word for word in submit.split_options(rest)[0] if not is_of_launch(word)]),
+        "watch": lambda: None,
+        "checkpoints": lambda: None,
+        "sync": lambda: None,
         "import": lambda: parse(rest, import_weights.KEYS, verb=verb),
         "evaluate": lambda: check_evaluate(parse(rest, evaluate.KEYS, verb=verb, rest=True).overrides),
     }
@@ -310,3 +317,11 @@ def test_the_licence_is_the_one_that_the_package_names() -> None:
     licence = (ROOT / "LICENSE").read_text()
     assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"] and licence.count("\n") == 202
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_the_failure_handbook_quotes_is_printed() -> None:
+    """Its first column, in the sources; the twin is a text that nothing prints."""
+    sources = "\n".join(path.read_text() for path in (ROOT / "vlm_train").rglob("*.py"))
+    quoted = re.findall(r"^\| `([^`]+)` \|", text_of("failures.md"), re.MULTILINE)
+    assert len(quoted) >= 20
+    assert [text for text in [*quoted, "is nowhere to be seen"] if text not in sources] == ["is nowhere to be seen"]

@@ -18,7 +18,7 @@ FLOORS = {
     "signatures": 1, "checks": 1, "schema": 2, "assets": 1, "imaging": 1,
     "data": 3, "models": 3, "distributed": 3,
     "objectives": 4, "evaluation": 4, "export": 4, "curation": 4,
-    "engine": 5, "origins": 6, "build": 7, "plan": 8, "training": 8, "cli": 9,
+    "engine": 5, "origins": 6, "build": 7, "doctor": 8, "plan": 8, "training": 8, "cli": 9,
 }  # fmt: skip
 NEVER = {("objectives", "data"), ("evaluation", "data"), ("export", "data"), ("engine", "data")}  # by protocol only
 # may import each other, without cycles

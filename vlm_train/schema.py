@@ -47,6 +47,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # auto | cpu | gpu
     deterministic: bool | None = None  # null: true on CPU, false elsewhere
     num_threads: int | None = None  # torch threads of a rank; null: cores / ranks
+    hang_seconds: float | None = None  # without progress until the run is ended; null: by its own steps; 0: never
 
 
 @dataclass
@@ -80,9 +81,7 @@ class DataConfig:
     groups: Any = None  # {walk: DIR, size: N}: batches are made of groups of N samples that are alike
     classes: str | None = None  # classes.json of the dataset, for zero-shot classification
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    template: str = (
-        "plain"  # how a dialogue is written: plain (the caption alone), vicuna, llama3, chatml, mistral, own
-    )
+    template: str = "plain"  # how a dialogue is written: plain (captions alone), vicuna, llama3, chatml, mistral, own
     system: str | None = None  # what a dialogue begins with; null: what the template says
     hard_captions: int = 0  # of KEY.json's `negatives`, how many each sample brings as further wrong answers
     num_workers: int = 1
@@ -108,10 +107,13 @@ class SpikesConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When state is written and how many committed checkpoints stay."""
+    """When state is written, how, and how many committed checkpoints stay."""
 
     every_steps: int = 100
     keep: int = 2
+    keep_every_steps: int | None = None  # of these one in so many steps stays for ever
+    asynchronous: bool = True  # a copy of the state is written while training goes on; false: no copy, training waits
+    copy_to: str | None = None  # URL of a folder that gets a copy of each checkpoint, to go on from on another machine
 
 
 @dataclass
@@ -205,6 +207,7 @@ MACHINE_KEYS = (
     "trainer.accelerator",
     "trainer.deterministic",
     "trainer.num_threads",
+    "trainer.hang_seconds",
     "spikes.max_rewinds",
     "data.num_workers",
     "data.max_error_rate",

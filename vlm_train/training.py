@@ -15,22 +15,26 @@ from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.distributed import collectives
-from vlm_train.engine import checkpoints, sharding
+from vlm_train.engine import checkpoints, sharding, wandb
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
+from vlm_train.engine.callbacks.clock import Border, Clock
 from vlm_train.engine.callbacks.data_errors import DataErrors
 from vlm_train.engine.callbacks.evaluate import Evaluate
 from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.callbacks.spikes import Spikes
+from vlm_train.engine.copies import Copies, Store
 from vlm_train.engine.evaluation import EvaluationSuite
+from vlm_train.engine.ledger import Ledger, kept
 from vlm_train.engine.micro_batches import Budgets
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rewinds import Spike, go_back, jumps_of
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.saving import Saver
 from vlm_train.engine.steps import StepPlan
 from vlm_train.engine.trainer import lightning_trainer, set_up_torch
-from vlm_train.engine.wandb import WandbSink
+from vlm_train.engine.watchdog import watched
 from vlm_train.locations import in_texts, scrubbed
 from vlm_train.log import get_logger
 from vlm_train.models.feature_store import FeatureStore, reason_against
@@ -51,17 +55,24 @@ def train(directory: Path, checkpoint: Path | None) -> None:
         deterministic=config.trainer.deterministic,
         num_threads=config.trainer.num_threads,
     )
-    taken, rules = run.rewinds(), config.spikes
-    while (spike := _fit(config, run, placement, checkpoint, jumps_of(taken))) is not None:
-        gc.collect()  # trainer and model know each other; two models at once may not fit
-        row, checkpoint = go_back(run, spike, taken, rewind_steps=rules.rewind_steps, max_rewinds=rules.max_rewinds)
-        taken.append(row)
-    if placement.rank == 0:
-        run.event("finished", {"step": config.trainer.max_steps})
-        write_report(run)
+    with kept(run, placement.rank) as ledger, watched(run, config, placement.world_size):
+        taken, rules = run.rewinds(), config.spikes
+        while (spike := _fit(config, run, placement, checkpoint, jumps_of(taken), ledger)) is not None:
+            ledger.switch("replay")  # until the spike is reached again
+            gc.collect()  # trainer and model know each other; two models at once may not fit
+            row, checkpoint = go_back(run, spike, taken, rewind_steps=rules.rewind_steps, max_rewinds=rules.max_rewinds)
+            taken.append(row)
+        if placement.rank == 0:
+            run.event("finished", {"step": config.trainer.max_steps})
+            ledger.write("running")
+            write_report(run)
+            if config.logger.name == "wandb" and config.logger.mode == "offline":
+                wandb.replay(run, _wandb(config, run))
 
 
-def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path | None, jumps: Jumps) -> Spike | None:
+def _fit(
+    config: Any, run: RunDirectory, placement: Placement, checkpoint: Path | None, jumps: Jumps, ledger: Ledger
+) -> Spike | None:
     """From `checkpoint` to the last step, or to a spike, which is returned."""
     with_values = sharding.is_built_by(placement.rank, config.strategy.name)
     parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
@@ -70,11 +81,12 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     build.bind_teachers(parts)
     loader = build.train_loader(parts, placement, jumps)
     suite = build.evaluation_suite(parts, placement)
-    module = training_module(parts, placement)
+    module = training_module(parts, placement, ledger)
     keep_features(parts)
-    sinks = [_wandb(config, run)] if config.logger.name == "wandb" and placement.rank == 0 else []
+    is_mirrored = config.logger.name == "wandb" and config.logger.mode == "online" and placement.rank == 0
+    sinks = [wandb.WandbSink(run, _wandb(config, run))] if is_mirrored else []
     trains_a_part = not parts.objective.requires.issuperset(parts.model.outputs)  # type: ignore[arg-type]
-    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks), trains_a_part=trains_a_part)
+    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks, ledger), trains_a_part=trains_a_part)
     spike = None
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
@@ -90,7 +102,7 @@ def _fit(config: Any, run: RunDirectory, placement: Placement, checkpoint: Path 
     return spike
 
 
-def training_module(parts: Parts, placement: Placement) -> TrainingModule:
+def training_module(parts: Parts, placement: Placement, ledger: Ledger | None = None) -> TrainingModule:
     """The LightningModule around a model and its objective."""
     config = parts.config
     budgets = Budgets.of(config.trainer)
@@ -115,6 +127,7 @@ def training_module(parts: Parts, placement: Placement) -> TrainingModule:
         transforms=Transforms(
             attention=config.attention.name, recompute=config.strategy.recompute, compile=config.compile.enabled
         ),
+        ledger=ledger,
     )
 
 
@@ -154,7 +167,12 @@ def _reason_against_store(parts: Parts) -> str | None:
 
 
 def callbacks(
-    parts: Parts, run: RunDirectory, loader: TrainLoader, suite: EvaluationSuite, sinks: list[Any]
+    parts: Parts,
+    run: RunDirectory,
+    loader: TrainLoader,
+    suite: EvaluationSuite,
+    sinks: list[Any],
+    ledger: Ledger,
 ) -> list[lightning.Callback]:
     """In the order in which they act after a step: judge it, record, judge the data, measure, draw, save."""
     config = parts.config
@@ -162,7 +180,8 @@ def callbacks(
     every_steps, spikes = config.checkpoint.every_steps, config.spikes
     keep = max(config.checkpoint.keep, 1 + -(-spikes.rewind_steps // every_steps))  # one to go back to
     gallery = ShardGallery(shards=plain(config.data.val.shards)).pixels
-    recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks)
+    recorder = Recorder(run=run, global_batch=global_batch, num_steps=num_steps, sinks=sinks, ledger=ledger)
+    suite.moved = lambda: ledger.switch(ledger.account)
     return [
         Spikes(run=run, threshold=spikes.threshold, window=spikes.window),
         recorder,
@@ -172,11 +191,21 @@ def callbacks(
             max_error_rate=config.data.max_error_rate,
             samples_per_epoch=loader.samples_per_epoch,
         ),
+        Border(ledger, "validation"),
         Evaluate(run=run, suite=suite, every_steps=config.evaluation.every_steps, num_steps=num_steps),
         Pictures(run=run, suite=suite, image=parts.image_spec, gallery=gallery),
-        Checkpoint(run=run, every_steps=every_steps, keep=keep, num_steps=num_steps),
+        Border(ledger, "checkpoint"),
+        Checkpoint(run=run, saver=_saver(config, run, keep), every_steps=every_steps, num_steps=num_steps),
         StepEnd(recorder),
+        Clock(ledger),
     ]
+
+
+def _saver(config: Any, run: RunDirectory, keep: int) -> Saver:
+    settings = config.checkpoint
+    stay: dict[str, Any] = {"run": run, "keep": keep, "keep_every_steps": settings.keep_every_steps}
+    copies = Copies(store=Store(settings.copy_to, config.run.id), **stay) if settings.copy_to else None
+    return Saver(asynchronous=settings.asynchronous, copies=copies, **stay)
 
 
 def make_trainer(config: Any, callbacks: list[lightning.Callback], *, trains_a_part: bool = False) -> lightning.Trainer:
@@ -192,13 +221,13 @@ def make_trainer(config: Any, callbacks: list[lightning.Callback], *, trains_a_p
     )
 
 
-def _wandb(config: Any, run: RunDirectory) -> WandbSink:
-    resolved = in_texts(scrubbed, plain(config))
-    return WandbSink(
+def _wandb(config: Any, run: RunDirectory) -> Any:
+    """The W&B run of a run."""
+    return wandb.begin(
+        run,
         project=config.logger.project,
         entity=config.logger.entity,
         mode=config.logger.mode,
         run_id=config.run.id,
-        directory=run.path,
-        config=resolved,
+        config=in_texts(scrubbed, plain(config)),
     )

@@ -25,6 +25,7 @@ from _table import Row, arguments, report
 
 from vlm_train import build, training
 from vlm_train.cli.compose import compose_config
+from vlm_train.engine.ledger import Ledger
 from vlm_train.engine.rundir import RunDirectory
 
 ALONE = build.Placement(rank=0, world_size=1)
@@ -61,7 +62,7 @@ def ours(config, path: Path, folder: str) -> float:
     parts = build.network(config, build.load_tokenizer(f"{folder}/run/tokenizer"))
     suite = build.evaluation_suite(parts, ALONE)
     loader = build.train_loader(parts, ALONE)
-    trainer = training.make_trainer(config, training.callbacks(parts, make_run(path), loader, suite, []))
+    trainer = training.make_trainer(config, training.callbacks(parts, make_run(path), loader, suite, [], Ledger()))
     trainer.fit(training.training_module(parts, ALONE), train_dataloaders=loader)
     return statistics.median(row["samples"] / row["step"] / row["samples_per_second"] for row in _runs.rows(path)[2:-1])
 

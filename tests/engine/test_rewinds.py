@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_the_line_says_why_and_what_is_left_out(tmp_path: Path) -> None:
     for step in (3, 6, 8):
         folder = run.checkpoints / f"step-{step:08d}"
         folder.mkdir()
-        (folder / "manifest.json").write_text('{"files": {}}')
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {}}))
     row, checkpoint = go_back(run, spike(8), [], rewind_steps=2, max_rewinds=1)
     assert checkpoint is not None and checkpoint.name == "step-00000006"  # 8 is taken back too
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-00000003", "step-00000006"]

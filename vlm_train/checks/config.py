@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trainer.micro_tokens": (1, MANY),
     "trainer.micro_images": (1, MANY),
     **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
+    "trainer.hang_seconds": (0, 10**6),
     "data.hard_captions": (0, 1024),
     "data.num_workers": (0, 1024),
     **dict.fromkeys(("data.shuffle_window", "data.shuffle_buffer"), (0, MANY)),
@@ -40,6 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "spikes.max_rewinds": (0, MANY),
     "checkpoint.every_steps": (1, MANY),
     "checkpoint.keep": (1, MANY),
+    "checkpoint.keep_every_steps": (1, MANY),
     "evaluation.every_steps": (0, MANY),
     "evaluation.batch_size": (1, MANY),
 }
@@ -76,6 +78,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     _check_patch_dropout(config["model"])
     _check_special_tokens(config["model"]["tokenizer"])
     _check_trainer(config)
+    _check_checkpoint(config["checkpoint"])
     check_data(config["data"], config["trainer"]["global_batch"])
     _check_stages(config["stages"])
     for key, value in _leaves(config):
@@ -100,6 +103,14 @@ def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{where}[{number}]")
     else:
         yield where, node
+
+
+def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
+    every, kept, copy_to = (checkpoint[key] for key in ("every_steps", "keep_every_steps", "copy_to"))
+    require(kept is None or kept % every == 0, "checkpoint.keep_every_steps is no multiple of checkpoint.every_steps",
+            got=kept, allowed=f"a multiple of {every}", remedy=f"checkpoint.keep_every_steps={10 * every}")  # fmt: skip
+    require(copy_to is None or "://" in copy_to, "checkpoint.copy_to is no URL", got=repr(copy_to),
+            allowed="a folder as s3://..., gs://... or file:///...", remedy="leave it out")  # fmt: skip
 
 
 def _check_words(config: Mapping[str, Any]) -> None:
@@ -173,8 +184,6 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
             got=f"{num_micro_batches} micro-batches for {smallest} samples on a rank: trainer.devices={devices} "
             f"trainer.global_batch={global_batch} trainer.micro_batch={trainer['micro_batch']}",
             allowed=f"at most {smallest}", remedy="a larger trainer.micro_batch, or null")  # fmt: skip
-    require(num_nodes == 1, "more than one node needs a scheduler, which this version cannot submit to yet",
-            got=f"trainer.num_nodes={num_nodes}", allowed="1", remedy="trainer.num_nodes=1")  # fmt: skip
     require(not (config["precision"]["name"] == "fp16" and trainer["accelerator"] == "cpu"), "fp16 needs a GPU",
             got="precision.name=fp16 trainer.accelerator=cpu", allowed="fp32, bf16, fp64 on CPU",
             remedy="precision=bf16")  # fmt: skip

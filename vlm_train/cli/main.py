@@ -27,8 +27,24 @@ class Verb:
 
 VERBS = {
     "train": Verb("vlm_train.cli.train", "train a model; resumes by itself", "vlm-train train experiment=quickstart"),
+    "plan": Verb(
+        "vlm_train.cli.plan",
+        "memory, time and money of a run before it starts",
+        "vlm-train plan experiment=clip_b16 gpu=h100 gpus=8,64",
+    ),
+    "submit": Verb(
+        "vlm_train.cli.submit",
+        "train as a job of SLURM, which goes on by itself",
+        "vlm-train submit experiment=quickstart launch.partition=gpu",
+    ),
+    "watch": Verb("vlm_train.cli.watch", "look at a run while it trains", "vlm-train watch runs/quickstart/latest"),
     "evaluate": Verb(
         "vlm_train.cli.evaluate", "measure a trained run", "vlm-train evaluate run=runs/quickstart/latest"
+    ),
+    "checkpoints": Verb(
+        "vlm_train.cli.checkpoints",
+        "list, verify and prune what a run has saved",
+        "vlm-train checkpoints verify runs/quickstart/latest",
     ),
     "predict": Verb(
         "vlm_train.cli.predict",
@@ -46,6 +62,10 @@ VERBS = {
     "data": Verb(
         "vlm_train.cli.data", "import, make or index a dataset", "vlm-train data import openmoji data/openmoji"
     ),
+    "doctor": Verb(
+        "vlm_train.cli.doctor", "check this machine, and what a run needs", "vlm-train doctor experiment=quickstart"
+    ),
+    "sync": Verb("vlm_train.cli.sync", "send a run to Weights & Biases", "vlm-train sync runs/quickstart/latest"),
     "configs": Verb("vlm_train.cli.configs", "list, show and search configs", "vlm-train configs search lr"),
 }
 
@@ -55,7 +75,7 @@ def usage() -> str:
     lines = [f"vlm-train {__version__}: a config says what is learned; the machine says only how fast.", ""]
     lines += ["usage: vlm-train <verb> [group=choice] [key=value]", ""]
     for name, verb in VERBS.items():
-        lines += [f"  {name:10} {verb.summary}", f"  {'':10}   {verb.example}"]
+        lines += [f"  {name:11} {verb.summary}", f"  {'':11}   {verb.example}"]
     return "\n".join([*lines, "", "vlm-train <verb> --help tells more."])
 
 

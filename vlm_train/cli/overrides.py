@@ -38,6 +38,22 @@ def read(word: str) -> Override:
     return found
 
 
+def alternatives(word: str) -> list[str]:
+    """`KEY=A,B,C`, as Hydra's grammar reads a choice or a range, as the words KEY=A, KEY=B and KEY=C.
+
+    Raises:
+        ConfigError: it is no such word.
+    """
+    found = _parsed(word)
+    if found is None or not found.is_sweep_override():
+        raise ConfigError("a sweep has one value", got=said(word), allowed="KEY=A,B,C, or KEY=range(0,5)",
+                          remedy="seed=0,1,2; for one value leave out --sweep")  # fmt: skip
+    words = [f"{found.key_or_group}={value}" for value in found.sweep_string_iterator()]
+    for each in words:
+        read(each)
+    return words
+
+
 def split_config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
     """Takes `--config-dir DIR` or `--config-dir=DIR` out of the words. Raises ConfigError."""
     rest: list[str] = []

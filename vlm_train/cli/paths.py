@@ -16,6 +16,12 @@ def conf_dir() -> Path:
 
 
 @cache
+def slurm_dir() -> Path:
+    """The folder of the template of jobs, which lies where the configs do."""
+    return conf_dir().parent / "slurm"
+
+
+@cache
 def groups() -> dict[str, list[str]]:
     """group -> its choices, sorted."""
     return {

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
-from vlm_train.errors import ConfigError
+from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.schema import learning_view
 
 
@@ -100,6 +100,30 @@ def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
         raise ConfigError(f"{run.path} was trained with another config", got=listing,
                           allowed="changes of the machine only (devices, micro_batch, num_workers, logger, ...)",
                           remedy="restore these keys, or give the new run its own run.id")  # fmt: skip
+
+
+def bring_back(config: DictConfig, run: RunDirectory) -> Path | None:
+    """The newest copy in `checkpoint.copy_to` of a run that has no checkpoint, brought into its folder; None without.
+
+    Raises ConfigError if that was trained with another config, or is not wanted; CheckpointError if nobody can tell.
+    """
+    if not config.checkpoint.copy_to:
+        return None
+    from vlm_train.engine.copies import Store, restore
+
+    store = Store(config.checkpoint.copy_to, config.run.id)
+    try:
+        is_there = bool(store.steps())
+    except Exception as error:  # of whatever library the store has
+        raise CheckpointError(f"whether {store.shown} holds copies of this run cannot be told: {error}",
+                              remedy="run again later, or leave out checkpoint.copy_to") from error  # fmt: skip
+    if is_there and config.run.resume == "never":
+        raise ConfigError(f"{store.shown} holds copies of a run of this name", got="run.resume=never",
+                          allowed="a new run.id", remedy="leave run.resume at auto to go on from them")  # fmt: skip
+    found = restore(run, store)
+    if found is not None:
+        _refuse_other_config(config, run)
+    return found
 
 
 def point_latest(run: RunDirectory) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +22,9 @@ from vlm_train.cli.overrides import is_group, read, split_config_dir
 from vlm_train.cli.trained import STAGE
 from vlm_train.errors import ConfigError
 from vlm_train.schema import flatten
+
+if TYPE_CHECKING:
+    from vlm_train.engine.rundir import RunDirectory
 
 Stages = dict[str, DictConfig]
 """Folder name -> config, in order."""
@@ -81,6 +84,20 @@ def told_of(name: str) -> Iterator[None]:
         own = re.sub(rf"\A{STAGE}\d+-", "", name)
         remedy = re.sub(r"\A(?!run\.|stages\.)(?=\w+(\.\w+)+=)", f"stages.{own}.", error.remedy or "") or None
         raise ConfigError(f"stage {name}: {error.what}", got=error.got, allowed=error.allowed, remedy=remedy) from error
+
+
+def in_turn(whole: DictConfig, stages: Stages) -> Iterator[tuple[DictConfig, RunDirectory]]:
+    """Every stage with its run, in order. One is asked for when those before it are finished: it starts from their
+    weights."""
+    from vlm_train.cli.runs import choose_run
+
+    before: Path | None = None
+    for name, stage in stages.items():
+        place(stage, whole, name, before)
+        own, _ = choose_run(stage)
+        stage.run.id = f"{whole.run.id}-{name}"
+        yield stage, own
+        before = own.path
 
 
 def place(stage: DictConfig, whole: DictConfig, name: str, before: Path | None) -> None:

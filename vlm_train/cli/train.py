@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.paths import conf_dir, groups, headline
 from vlm_train.cli.progress import Ticker
 from vlm_train.cli.tables import describe
 from vlm_train.errors import ConfigError, VlmError
 from vlm_train.log import get_logger
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vlm_train.cli.stages import Stages
 
 LOG = get_logger(__name__)
 KEYS = """keys (all: vlm-train configs keys)
@@ -38,8 +44,25 @@ def main(words: list[str]) -> int:
             "`vlm-train train` starts its own ranks", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment",
             allowed="one process", remedy="vlm-train train trainer.devices=N strategy=ddp",
         )  # fmt: skip
-    from vlm_train.cli.compose import compose_config
     from vlm_train.cli.runs import choose_run, locked, point_latest
+
+    config, stages = read_command(words)
+    if config.trainer.num_nodes > 1:
+        raise ConfigError(
+            "`vlm-train train` starts ranks on this machine only", got=f"trainer.num_nodes={config.trainer.num_nodes}",
+            allowed="1", remedy="vlm-train submit, or trainer.num_nodes=1",
+        )  # fmt: skip
+    run, checkpoint = choose_run(config)
+    with locked(run):
+        if stages:
+            return _run_stages(config, run, stages, words)
+        return _run(config, run, checkpoint, words, lambda: point_latest(run))
+
+
+def read_command(words: Sequence[str]) -> tuple[DictConfig, Stages]:
+    """The config that words describe, and that of each of its stages; all that can be refused before there is a run
+    has been. Raises ConfigError."""
+    from vlm_train.cli.compose import compose_config
     from vlm_train.cli.stages import check_handover, compose_stages, told_of
     from vlm_train.cli.trained import pinned
 
@@ -52,11 +75,7 @@ def main(words: list[str]) -> int:
         with told_of(name):
             _try_parts(stage)
     check_handover(stages)
-    run, checkpoint = choose_run(config)
-    with locked(run):
-        if stages:
-            return _run_stages(config, run, stages, words)
-        return _run(config, run, checkpoint, words, lambda: point_latest(run))
+    return config, stages
 
 
 def usage() -> str:
@@ -75,24 +94,21 @@ def _run_stages(config: Any, run: Any, stages: dict[str, Any], words: list[str])
     """Every stage that is not finished, in order; ends with the first that fails."""
     from omegaconf import OmegaConf
 
-    from vlm_train.cli.runs import choose_run, locked, point_latest
-    from vlm_train.cli.stages import place
+    from vlm_train.cli.runs import locked, point_latest
+    from vlm_train.cli.stages import in_turn
+    from vlm_train.engine.ledger import BEGAN
     from vlm_train.engine.rundir import write_atomic
 
     def announce() -> None:
         write_atomic(run.config, OmegaConf.to_yaml(config))
         point_latest(run)
 
-    before: Path | None = None
-    for name, stage in stages.items():
-        place(stage, config, name, before)
-        own, _ = choose_run(stage)
-        stage.run.id = f"{config.run.id}-{name}"
+    for stage, own in in_turn(config, stages):
         with locked(own):
             code = 0 if own.is_finished() else _run(stage, own, None, words, announce)
         if code:
             return code
-        before = own.path
+        os.environ[BEGAN] = str(time.time())  # for the ledger of the next one
     if run.is_finished():
         print(f"{run.path} is finished already; run.resume=never trains it again as a new run")
     else:
@@ -102,30 +118,12 @@ def _run_stages(config: Any, run: Any, stages: dict[str, Any], words: list[str])
 
 def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], announce: Callable[[], None]) -> int:
     """One run; `announce` is called when it is there and nothing of what it asks for has been refused."""
-    from omegaconf import OmegaConf
-
-    from vlm_train import build, origins
     from vlm_train.cli.launcher import launch
-    from vlm_train.engine import checkpoints
-    from vlm_train.engine.rundir import write_atomic
-    from vlm_train.locations import in_texts, scrubbed
 
     if run.is_finished() and checkpoint is None:
         print(f"{run.path} is finished already; run.resume=never trains it again as a new run")
         return 0
-    checkpoint = checkpoint or checkpoints.newest(run.checkpoints)
-    step = checkpoints.step_of(checkpoint) if checkpoint else 0
-    LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
-    run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
-    checkpoints.retire_after(run.checkpoints, step)
-    # compares the weights to start from with a model without memory
-    new_towers = origins.start_as_told(build.skeleton(config)) if config.init and step == 0 else []
-    build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
-    # from here on the run exists: what could be refused has been
-    write_atomic(run.config, OmegaConf.to_yaml(config))
-    announce()
-    told = {"step": step, "command": in_texts(scrubbed, words), "ranks": config.trainer.devices}
-    run.event("resume" if step else "start", told | ({"new_towers": new_towers} if new_towers else {}))
+    checkpoint = make_ready(config, run, checkpoint, words, announce)
     if config.trainer.devices > 1:
         code = launch([str(run.path), *([str(checkpoint)] if checkpoint else [])], config.trainer.devices)
     else:
@@ -136,6 +134,37 @@ def _run(config: Any, run: Any, checkpoint: Path | None, words: list[str], annou
     if code == 0:
         print(summary(run))
     return code
+
+
+def make_ready(
+    config: Any, run: Any, checkpoint: Path | None, words: Sequence[str], announce: Callable[[], None]
+) -> Path | None:
+    """Once, before any rank starts: where the run goes on from, its records up to there, and what ranks read; see
+    `_run`. Returns the checkpoint to go on from, `checkpoint` or else the newest; None for a run that begins."""
+    from omegaconf import OmegaConf
+
+    from vlm_train import build, origins
+    from vlm_train.cli.runs import bring_back
+    from vlm_train.engine import checkpoints
+    from vlm_train.engine.rundir import read_lines, write_atomic
+    from vlm_train.locations import in_texts, scrubbed
+
+    checkpoint = checkpoint or checkpoints.newest(run.checkpoints) or bring_back(config, run)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
+    reached = max((row["step"] for row in read_lines(run.metrics)), default=0)
+    run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
+    checkpoints.retire_after(run.checkpoints, step)
+    # compares the weights to start from with a model without memory
+    new_towers = origins.start_as_told(build.skeleton(config)) if config.init and step == 0 else []
+    build.prepare(config, run, fresh=step == 0, progress=Ticker("MB indexed"))
+    # from here on the run exists: what could be refused has been
+    write_atomic(run.config, OmegaConf.to_yaml(config))
+    announce()
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    told = {"step": step, "reached": reached, "command": in_texts(scrubbed, list(words)), "ranks": ranks}
+    run.event("resume" if step else "start", told | ({"new_towers": new_towers} if new_towers else {}))
+    return checkpoint
 
 
 def _try_parts(config: Any) -> None:
@@ -159,12 +188,15 @@ def _try_parts(config: Any) -> None:
 
 
 def summary(run: Any) -> str:
-    """Where the run lies, what it measured, and what to do next."""
+    """Where the run lies, what it measured, where its time went, and what to do next."""
+    from vlm_train.engine.report_time import time_lines
     from vlm_train.schema import read_config
 
     lines = ["", f"trained: {run.path}"]
     for path in sorted(run.evals.glob("*.json")):
         lines += ["", *describe(path.stem, json.loads(path.read_text()))]
+    if found := time_lines(run):
+        lines += ["", *found]
     if run.report.exists():
         lines += ["", f"report: {run.report}"]
     answers = read_config(run.path).objective.get("_target_", "").endswith("NextToken")

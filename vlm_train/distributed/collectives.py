@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlm_train.distributed.waiting import waits
 from vlm_train.errors import VlmError
 
 
@@ -56,7 +57,8 @@ def world_size() -> int:
 def barrier() -> None:
     """Waits for every rank."""
     if is_distributed():
-        dist.barrier()
+        with waits("barrier"):
+            dist.barrier()
 
 
 def gather_rows(x: Tensor, counts: list[int] | None = None) -> Tensor:
@@ -84,7 +86,8 @@ def row_counts(x: Tensor) -> list[int]:
         return [x.shape[0]]
     mine = torch.tensor([x.shape[0], math.prod(x.shape[1:])], device=x.device)
     table = torch.empty(2 * world_size(), dtype=mine.dtype, device=x.device)
-    dist.all_gather_into_tensor(table, mine)
+    with waits("all_gather", mine):
+        dist.all_gather_into_tensor(table, mine)
     counts, row_sizes = table.view(-1, 2).T.tolist()
     if len(set(row_sizes)) > 1:
         raise VlmError("Ranks hold rows of different shapes", got=row_sizes, allowed="equal elements per row")
@@ -123,14 +126,16 @@ def broadcast(x: Tensor) -> Tensor:
     if not is_distributed():
         return x.detach().clone()
     wire = x.detach().to(x.device if x.device.type == "cuda" else _wire_device()).clone()
-    dist.broadcast(wire, src=0)
+    with waits("broadcast", wire):
+        dist.broadcast(wire, src=0)
     return wire.to(x.device)
 
 
 def _all_reduce(x: Tensor, operation: Any) -> Tensor:
     total = x.detach().clone()
     if is_distributed():
-        dist.all_reduce(total, op=operation)
+        with waits("all_reduce", total):
+            dist.all_reduce(total, op=operation)
     return total
 
 
@@ -149,7 +154,8 @@ class _GatherRows(torch.autograd.Function):
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: x.shape[0]] = x
         gathered = x.new_empty(len(sizes) * max(sizes), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded)
+        with waits("all_gather", padded):
+            dist.all_gather_into_tensor(gathered, padded)
         if min(sizes) == max(sizes):
             return gathered
         return torch.cat([part[:size] for part, size in zip(gathered.chunk(len(sizes)), sizes, strict=True)])
@@ -163,5 +169,6 @@ class _GatherRows(torch.autograd.Function):
         for part, rows, size in zip(padded, grad.split(sizes), sizes, strict=True):
             part[:size] = rows
         mine = grad.new_empty(max(sizes), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1))
+        with waits("reduce_scatter", padded):
+            dist.reduce_scatter_tensor(mine, padded.flatten(0, 1))
         return mine[: sizes[dist.get_rank()]], None

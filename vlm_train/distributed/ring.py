@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlm_train.distributed import collectives
+from vlm_train.distributed.waiting import waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class Hop:
     def wait(self) -> list[Tensor]:
         """What the next rank held."""
         for work in self.works:
-            work.wait()
+            with waits("ring_pass", self.arriving[0]):
+                work.wait()
         return self.arriving
 
 

@@ -39,6 +39,7 @@ class EvaluationSuite:
         self.evaluators, self.loader, self.train = dict(evaluators), loader, train
         self.tokenizer, self.interface = tokenizer, interface
         self.errors: list[dict[str, Any]] = []  # samples of this rank that the last pass could not read
+        self.moved: Callable[[], object] = lambda: None  # called at each batch: a long evaluation is at work
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -59,5 +60,6 @@ class EvaluationSuite:
     def _batches(self) -> Iterator[Batch]:
         self.errors = []
         for batch in self.loader:
+            self.moved()
             self.errors += batch["errors"]
             yield batch

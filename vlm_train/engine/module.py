@@ -17,6 +17,7 @@ from torch.distributed._composable import checkpoint
 
 from vlm_train import imaging
 from vlm_train.engine import sharding
+from vlm_train.engine.ledger import Ledger
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
@@ -58,6 +59,7 @@ class TrainingModule(lightning.LightningModule):
         schedule: step -> factor of the peak learning rate.
         plan: how the global batch is cut.
         transforms: what is done to the model's blocks before it trains.
+        ledger: told which kind of work begins; None: nobody asks for it.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class TrainingModule(lightning.LightningModule):
         schedule: Schedule,
         plan: StepPlan,
         transforms: Transforms = Transforms(),
+        ledger: Ledger | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -80,6 +83,7 @@ class TrainingModule(lightning.LightningModule):
         self.averaged_model = copy.deepcopy(model).requires_grad_(False) if optim.ema_decay else None
         self.gradient_step = GradientStep(model=model, objective=objective, plan=plan)  # type: ignore[arg-type]
         self.transforms: Transforms | None = transforms
+        self.ledger = ledger if ledger is not None else Ledger()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -102,16 +106,24 @@ class TrainingModule(lightning.LightningModule):
         """One optimizer; the schedule is applied by the step itself."""
         return self.optim.build(_LearningView(self))
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The batch has come."""
+        self.ledger.switch("host_to_device")
+        return batch
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Colours that the loader's workers drew and left to this device."""
         finish = batch.pop("finish", None)
         if finish is not None:
             batch["images"] = imaging.recolour(batch["images"], finish)
+        self.ledger.switch("overhead")
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step. Returns `row`, python numbers: loss, lr, grad_norm and the objective's metrics."""
         step = batch["step"]
+        self.ledger.at(step + 1)
+        self.ledger.switch("compute")
         optimizer: Any = self.optimizers()
         factor = self.schedule(step)
         for group in optimizer.param_groups:
@@ -120,19 +132,24 @@ class TrainingModule(lightning.LightningModule):
         loss, metrics = self.gradient_step.run(batch, step, self._backward)
         if self.device_mesh is not None:
             sharding.average_unsharded(self.objective.parameters())
+        self.ledger.switch("optimizer")
         grad_norm = self._clip(optimizer)
         optimizer.step()
         self.objective.after_step()
         self._average()
+        self.ledger.switch("compute")
         row = {
             "loss": loss,
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "grad_norm": grad_norm,
             **metrics,
         }
-        return {"row": {name: float(value) for name, value in row.items()}}  # a tensor named loss would be Lightning's
+        numbers = {name: float(value) for name, value in row.items()}  # waits for a GPU to be through with the step
+        self.ledger.switch("overhead")
+        return {"row": numbers}  # a tensor named loss would be Lightning's
 
     def _backward(self, scalar: Tensor, is_last: bool) -> None:
+        self.ledger.switch("compute")  # and a sign of life: a step of many micro-batches takes long
         sharding.reduce_gradients(self.model, is_last)
         wrapper: Any = self.trainer.strategy.model
         if is_last or not hasattr(wrapper, "no_sync"):

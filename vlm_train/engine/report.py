@@ -18,6 +18,7 @@ import yaml
 from vlm_train.engine import report_page as page
 from vlm_train.engine.charts import Chart, Series, number, share
 from vlm_train.engine.prompts_page import prompt_cards
+from vlm_train.engine.report_time import time_section
 from vlm_train.engine.rundir import RunDirectory, read_lines, write_atomic
 from vlm_train.engine.scores import cells, controls_of, counts_of, scores_of
 from vlm_train.locations import in_texts, scrubbed
@@ -58,6 +59,7 @@ def render_report(run: RunDirectory) -> str:
         page.section("What texts find", page.picture(media / "retrieval_grid.png", _ALT["retrieval_grid"])),
         page.section("Training", _training_charts(metrics, _restarts(events))),
         page.section("Evaluation over steps", _evaluation_charts(history)),
+        page.section("Time", time_section(run)),
         page.section("Images against captions", page.picture(media / "similarity.png", _ALT["similarity"])),
         page.section("First batch", page.picture(media / "first_batch.png", _ALT["first_batch"])),
         page.section("Data errors", _data_errors(run)),

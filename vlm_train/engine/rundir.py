@@ -33,6 +33,7 @@ class RunDirectory:
         self.history = self.evals / "history.jsonl"
         self.media = self.path / "media"
         self.report = self.path / "report.html"
+        self.hang = self.path / "hang"
 
     def create(self) -> None:
         """Makes the folders; an existing run keeps its files."""
@@ -53,6 +54,15 @@ class RunDirectory:
     def rewinds(self) -> list[dict[str, Any]]:
         """The `rewind` lines of events.jsonl, see `rewinds.py`."""
         return [row for row in read_lines(self.events) if row["event"] == "rewind"]
+
+    def time_of(self, rank: int) -> Path:
+        """The ledger of one rank, see `ledger.py`."""
+        return self.path / ("time.jsonl" if rank == 0 else f"time-rank-{rank}.jsonl")
+
+    def reached(self) -> int:
+        """The last step that was recorded before the run was taken up, 0 for none: it may lie beyond the checkpoint."""
+        turns = [row for row in read_lines(self.events) if row["event"] in ("start", "resume")]
+        return int(turns[-1].get("reached", 0)) if turns else 0
 
     def is_finished(self) -> bool:
         """Whether the run reached its last step and was not taken up again since."""

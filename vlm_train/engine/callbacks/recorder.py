@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vlm_train.engine.flops import num_images, num_tokens, peak_flops, shapes_of, training_flops_per_sample
+from vlm_train.engine.ledger import Ledger, columns, lives_of
 from vlm_train.engine.rundir import RunDirectory, append_line
 from vlm_train.log import get_logger
 from vlm_train.types import Batch
@@ -35,10 +36,15 @@ class Recorder(lightning.Callback):
         global_batch: samples of one step over all ranks.
         num_steps: length of the run.
         sinks: called on rank 0 with each row after it is written (W&B).
+        ledger: whose shares of time go to the sinks too; None: none do.
     """
 
-    def __init__(self, *, run: RunDirectory, global_batch: int, num_steps: int, sinks: list[Sink]) -> None:
+    def __init__(
+        self, *, run: RunDirectory, global_batch: int, num_steps: int, sinks: list[Sink], ledger: Ledger | None = None
+    ) -> None:
         self.run, self.global_batch, self.num_steps, self.sinks = run, global_batch, num_steps, sinks
+        self.ledger = ledger
+        self._lives: list[dict[str, Any]] = []  # of the run's processes before this one
         self._peak: float | None = None
         self._shapes: nn.Module | None = None
         self._flops: dict[tuple[int, float | None], float] = {}
@@ -50,7 +56,9 @@ class Recorder(lightning.Callback):
         self._shapes = shapes_of(pl_module.model)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Measures what the machine could do at best."""
+        """Measures what the machine could do at best, and reads how time went before."""
+        if self.ledger is not None:
+            self._lives = [row for row in lives_of(self.run.time_of(0)) if row["life"] < self.ledger.life]
         self._peak = self._measured_peak(trainer, pl_module.device)
         self._step_ended = time.perf_counter()
 
@@ -79,7 +87,7 @@ class Recorder(lightning.Callback):
         }
         append_line(self.run.metrics, row)
         for sink in self.sinks:
-            sink(row)
+            sink(row if self.ledger is None else row | columns(self._lives, self.ledger))
         self._progress.show(row)
 
     def _utilisation(self, flops: float, trainer: lightning.Trainer, device: torch.device) -> float | None:

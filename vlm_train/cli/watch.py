@@ -1,0 +1,92 @@
+"""`vlm-train watch RUN`: a run while it trains, drawn again every two seconds; from its files, without torch."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from vlm_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_train.cli.watched import Reader
+
+USAGE = """usage: vlm-train watch RUN [--once]
+
+  vlm-train watch runs/quickstart/latest          until the run ends, or Ctrl-C, which ends the watching alone
+  vlm-train watch runs/quickstart/latest --once   one picture
+
+Loss, speed, time left, where time goes, scores, the newest checkpoint, what happened last, and whether the run is
+alive. Into a file or a pipe: a line every 30 seconds."""
+DRAW_SECONDS, LINE_SECONDS = 2.0, 30.0
+
+
+def main(words: list[str]) -> int:
+    """Runs the verb."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    once = "--once" in words
+    rest = [word for word in words if word != "--once"]
+    unknown = [word for word in rest if word.startswith("-")]
+    if len(rest) != 1 or unknown:
+        raise ConfigError("vlm-train watch takes one run", got=" ".join(words), allowed="RUN [--once]",
+                          remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
+    from vlm_train.cli.watched import Reader
+    from vlm_train.engine.rundir import RunDirectory
+
+    run = RunDirectory(rest[0])
+    if not run.config.is_file():
+        raise ConfigError(f"{rest[0]} is no run", got=f"RUN={rest[0]}", allowed="a folder with config.yaml",
+                          remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
+    reader = Reader(run)
+    if once:
+        _draw_once(reader)
+    elif sys.stdout.isatty():
+        _draw(reader)
+    else:
+        _tell(reader)
+    return 0
+
+
+def _draw_once(reader: Reader) -> None:
+    from vlm_train.cli.frame import frame
+
+    print("\n".join(frame(reader.look(), *_size(), colour=sys.stdout.isatty())))
+
+
+def _draw(reader: Reader) -> None:
+    """On the terminal's second screen, so that what stood there comes back."""
+    from vlm_train.cli.frame import frame
+
+    print("\x1b[?1049h\x1b[?25l", end="")
+    try:
+        while True:
+            view = reader.look()
+            lines = frame(view, *_size(), colour=True)
+            print("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J", end="", flush=True)
+            if view.status in ("finished", "stopped"):
+                break
+            time.sleep(DRAW_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="")
+    print("\n".join(lines))
+
+
+def _tell(reader: Reader) -> None:
+    from vlm_train.cli.frame import summary
+
+    while True:
+        view = reader.look()
+        print(summary(view), flush=True)
+        if view.status != "running":
+            return
+        time.sleep(LINE_SECONDS)
+
+
+def _size() -> tuple[int, int]:
+    size = shutil.get_terminal_size((100, 40))
+    return size.columns, size.lines
