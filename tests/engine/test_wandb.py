@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ def records(path: Path) -> Iterator[Record]:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows that W&B holds, of the one offline run of a folder."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while not (files := list(folder.glob("wandb/offline-run-*/run-*.wandb"))) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a process of W&B's own writes it, and may be behind
+    (file,) = files
     rows = []
     for record in records(file):
         if record.WhichOneof("record_type") == "history":

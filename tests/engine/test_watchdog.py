@@ -136,7 +136,7 @@ def test_other_ways_to_stand_still() -> None:
 
 
 def words(data: Path, run: Path, *extra: str) -> list[str]:
-    steps = ("trainer.max_steps=16", "checkpoint.every_steps=5", "trainer.hang_seconds=5")
+    steps = ("trainer.max_steps=48", "checkpoint.every_steps=15", "trainer.hang_seconds=5")
     return _runs.train_words(data, *steps, f"run.dir={run}", *extra)
 
 
@@ -155,14 +155,16 @@ def test_a_rank_that_never_comes_back_is_named_and_the_run_goes_on_from_its_chec
     (told,) = events(run, "hang")
     assert told["sentence"] in output and "remedy" in output
     assert told["sentence"].startswith(
-        "rank 1 has not reached all_reduce of step 9, in which rank 0 waits: rank 1 is in "
+        f"rank 1 has not reached all_reduce of step {_slowness.HANGS_AT}, in which rank 0 waits: rank 1 is in "
     )
-    assert "data_wait of step 9, at " in told["sentence"] and "_slowness.py, line" in told["sentence"]
+    assert (
+        f"data_wait of step {_slowness.HANGS_AT}, at " in told["sentence"] and "_slowness.py, line" in told["sentence"]
+    )
     assert "in never" in (run / "hang" / "rank-1.txt").read_text()
     assert "collectives.py" in (run / "hang" / "rank-0.txt").read_text()
     _slowness.call(tmp_path, "none", words(scenes, run, *TWO))
     assert len(events(run, "hang")) == 1 and events(run, "finished")
-    assert [row["step"] for row in _runs.rows(run)] == list(range(1, 17))
+    assert [row["step"] for row in _runs.rows(run)] == list(range(1, 49))
     found = totals(lives_of(run / "time.jsonl"))
     assert found is not None and found.num_lives == 2 and found.seconds["replay"] > 0
     assert not folder_of(run).exists()
@@ -174,7 +176,10 @@ def test_a_rank_that_holds_the_interpreter_is_ended_too(tmp_path: Path, scenes: 
     run = tmp_path / "run"
     _slowness.call(tmp_path, "deaf", words(scenes, run, *TWO), expect=EXIT_HANG)
     (told,) = events(run, "hang")
-    assert "rank 1 has not reached all_reduce of step 9" in told["sentence"] and "_slowness.py" in told["sentence"]
+    assert (
+        f"rank 1 has not reached all_reduce of step {_slowness.HANGS_AT}" in told["sentence"]
+        and "_slowness.py" in told["sentence"]
+    )
 
 
 @pytest.mark.slow
@@ -182,7 +187,7 @@ def test_one_rank_alone_and_no_watchdog_where_none_is_wanted(tmp_path: Path, sce
     alone = tmp_path / "alone"
     _slowness.call(tmp_path, "hang", words(scenes, alone), expect=EXIT_HANG)
     assert events(alone, "hang")[0]["sentence"].startswith(
-        "the run stands still: rank 0 is in data_wait of step 9, at "
+        f"the run stands still: rank 0 is in data_wait of step {_slowness.HANGS_AT}, at "
     )
     process = _runs.start(
         tmp_path, [*words(scenes, tmp_path / "off", "trainer.hang_seconds=0", "trainer.max_steps=5000")]

@@ -70,7 +70,8 @@ def _curve(losses: Sequence[float], width: int) -> list[str]:
             cells[dot // 4][place // 2] |= _DOTS[dot % 4][place % 2]
     labels = [f"{high:.3g}", *[""] * (CURVE_LINES - 2), f"{low:.3g}"]
     drawn = ["".join(chr(0x2800 + dots) if dots else " " for dots in row) for row in cells]
-    return [f"loss {losses[-1]:.4f}", *(f"{text:>{label - 1}} {row}" for text, row in zip(labels, drawn, strict=True))]
+    last = f"{losses[-1]:.4f}" if abs(losses[-1]) < 1e6 else f"{losses[-1]:.4g}"
+    return [f"loss {last}", *(f"{text:>{label - 1}} {row}" for text, row in zip(labels, drawn, strict=True))]
 
 
 def _columns(values: Sequence[float], num: int) -> list[float]:

@@ -97,8 +97,12 @@ class Heartbeat:
 
     def _obey(self) -> None:
         while not self._ended.wait(0.5):
-            if _ORDER.unpack_from(self._page, _ORDER_AT) != (0,):
-                os._exit(EXIT_HANG)
+            self.end_if_told()
+
+    def end_if_told(self) -> None:
+        """Ends this process with EXIT_HANG if the watchdog has told it to."""
+        if _ORDER.unpack_from(self._page, _ORDER_AT) != (0,):
+            os._exit(EXIT_HANG)
 
     def remove(self) -> None:
         """The run has ended as it should: nobody needs the page."""

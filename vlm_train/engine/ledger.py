@@ -155,6 +155,7 @@ def kept(run: RunDirectory, rank: int) -> Iterator[Ledger]:
     except BaseException:
         with suppress(VlmError):  # what ends the run is more than that this cannot be written either
             ledger.write("ended")
+        beat.end_if_told()  # the error may only be that another rank has obeyed first
         raise
     else:
         ledger.write("ended")

@@ -101,17 +101,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def end(run: RunDirectory, beats: Sequence[Beat], patience: hang.Patience) -> None:
-    """Says what is the matter, and ends the ranks, this process's parent last."""
+    """Says what is the matter, and ends the ranks. This process goes with its parent; whoever started the ranks ends
+    what is left then."""
     now, stacks = time.monotonic(), _stacks(run, beats)
     ranks = [hang.position(beat, stacks[beat.rank], now) for beat in beats]
     told = hang.sentence(ranks, is_whole=patience.is_whole)
     LOG.error("%s\n  stacks:  %s\n  remedy:  run the same command again: it resumes", told, run.hang)
     run.event("hang", {"step": max(beat.step for beat in beats), "sentence": told, "ranks": ranks})
-    parent = os.getppid()
-    for group in ([beat for beat in beats if beat.process != parent], [b for b in beats if b.process == parent]):
-        for beat in group:
-            order_end(page_of(run.path, beat.rank))
-        _kill_after([beat.process for beat in group], END_SECONDS)
+    for beat in beats:  # all of them before the first ends: who loses its connection must know why
+        order_end(page_of(run.path, beat.rank))
+    _kill_after([beat.process for beat in beats], END_SECONDS)
 
 
 def _stacks(run: RunDirectory, beats: Sequence[Beat]) -> dict[int, str]:
