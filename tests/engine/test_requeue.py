@@ -37,6 +37,17 @@ def test_a_run_that_was_asked_to_stop_goes_on_without_a_step(tmp_path: Path) -> 
     assert not decide(run, JOB, 1)  # the twin: what it was asked before it started again is no reason now
 
 
+def test_a_start_that_srun_ended_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that dies before training has the others ended by SIGTERM; the twin: a preemption at that moment."""
+    for number, (told, is_queued) in enumerate([("PreemptTime=None", False), ("PreemptTime=2026-01-01", True)]):
+        monkeypatch.setattr(
+            "vlm_train.engine.requeue._scontrol", lambda *_, told=told: (f"JobState=RUNNING {told}", None)
+        )
+        run = begun(tmp_path / str(number), step=0, reached=0)
+        run.event("interrupted", {"step": 0, "signal": "SIGTERM"})
+        assert decide(run, JOB, 143) == is_queued
+
+
 def test_a_failure_goes_on_where_it_got_further_and_not_where_it_did_not(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", step=0, reached=3)
     assert decide(run, JOB, 137)

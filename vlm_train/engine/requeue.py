@@ -61,6 +61,12 @@ def is_over(job: Job) -> bool:
     return bool(told) and "JobState=RUNNING" not in told and "Reason=TimeLimit" not in told
 
 
+def is_left_alone(job: Job) -> bool:
+    """Whether SLURM itself has not warned the job: SIGTERM is then how srun ends the ranks beside one that died."""
+    told, _ = _scontrol("show", "job", job.id)
+    return "PreemptTime=None" in told
+
+
 def decide(run: RunDirectory, job: Job, code: int) -> bool:
     """Whether the job is to be queued again; the answer and its reason are written into events.jsonl.
 
@@ -111,7 +117,8 @@ def _weigh(events: list[dict[str, Any]], job: Job, code: int, reached: int) -> t
         return reason, "the job was cancelled"
     if job.num_restarts >= job.max_requeues:
         return reason, f"the job was started again {job.num_restarts} times: launch.max_requeues={job.max_requeues}"
-    if asked:
+    got_nowhere = reached <= _begun(events)
+    if asked and not (got_nowhere and reason == "SIGTERM" and is_left_alone(job)):
         return reason, ""
     if code == _USERS_MISTAKE:
         return reason, "another start would meet the same mistake"
