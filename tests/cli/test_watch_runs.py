@@ -52,7 +52,11 @@ def shown(run: RunDirectory, width: int = 100) -> str:
     return "\n".join(frame(Reader(run).look(), width, 60, colour=False))
 
 
-def test_a_picture_tells_what_the_files_tell(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_tells_what_the_files_tell(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "60")
     assert main(["watch", str(run.path), "--once"]) == 0
     picture = capsys.readouterr().out
     for words in ("50%  step 50 of 100", "5.0 s left", "loss 3.0000", "240 samples/s", "waiting for data 25%",

@@ -47,8 +47,17 @@ def main(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
+    log = get_logger("vlm_train.engine.optim")
+    before = log.level
+    log.setLevel("WARNING")  # it tells of groups that a run has
+    try:
+        return _plan(words)
+    finally:
+        log.setLevel(before)
+
+
+def _plan(words: list[str]) -> int:
     rest, is_all, file = split_flags(words)
-    get_logger("vlm_train.engine.optim").setLevel("WARNING")  # it tells of groups that a run has
     arguments = parse(rest, KEYS, verb="plan", rest=True)
     nums_gpus = arguments.optional("gpus", _counts)
     walltime = arguments.optional("walltime", seconds_of)
