@@ -24,7 +24,7 @@ import _clusters
 import _jobs
 import _runs
 from _table import Row, arguments, report
-from kill_resume import num_different
+from kill_resume import num_different_lines
 
 STEPS = ("trainer.max_steps=120", "checkpoint.every_steps=50", "evaluation=none")
 DDP = ("trainer.devices=2", "strategy=ddp")
@@ -97,8 +97,8 @@ class Proof:
         return [
             Row(claim=f"{label}: COMPLETED, queued again", value=job.requeues() if state == "COMPLETED" else -1,
                 bar=num_requeues, sense="=="),
-            Row(claim=f"{label}: steps that differ", value=num_different(job.run, untouched), bar=0, sense="==",
-                control=num_different(other, untouched)),
+            Row(claim=f"{label}: steps that differ", value=num_different_lines(job.run, untouched), bar=0, sense="==",
+                control=num_different_lines(other, untouched)),
         ]  # fmt: skip
 
     def array(self) -> list[Row]:
@@ -112,8 +112,8 @@ class Proof:
             Row(claim="array: tasks that were COMPLETED", value=states.count("COMPLETED"), bar=2, sense="=="),
             Row(claim="array: times that the other task was queued again", value=jobs[0].requeues(), bar=0, sense="==",
                 control=jobs[1].requeues()),
-            Row(claim="array: steps that differ", value=num_different(jobs[1].run, alone), bar=0, sense="==",
-                control=num_different(jobs[0].run, alone)),
+            Row(claim="array: steps that differ", value=num_different_lines(jobs[1].run, alone), bar=0, sense="==",
+                control=num_different_lines(jobs[0].run, alone)),
         ]  # fmt: skip
 
     def given_up(self) -> list[Row]:
@@ -164,8 +164,8 @@ class Proof:
         _jobs.preempt(second)
         state, alone = job.end(), self.run("stages-alone", *changes)
         rows = [Row(claim="stages: COMPLETED", value=state == "COMPLETED", bar=1, sense="==")]
-        differ = num_different(second.run, alone / "stage-02-two")
-        first = num_different(alone / "stage-01-one", alone / "stage-02-two")
+        differ = num_different_lines(second.run, alone / "stage-02-two")
+        first = num_different_lines(alone / "stage-01-one", alone / "stage-02-two")
         return [*rows, Row(claim="stages: steps that differ", value=differ, bar=0, sense="==", control=first)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def main(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is asked for half a minute a model
     log = get_logger("vlm_train.engine.optim")
     before = log.level
     log.setLevel("WARNING")  # it tells of groups that a run has
