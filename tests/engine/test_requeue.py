@@ -41,7 +41,7 @@ def test_a_start_that_srun_ended_is_a_failure(tmp_path: Path, monkeypatch: pytes
     """A rank that dies before training has the others ended by SIGTERM; the twin: a preemption at that moment."""
     for number, (told, is_queued) in enumerate([("PreemptTime=None", False), ("PreemptTime=2026-01-01", True)]):
         monkeypatch.setattr(
-            "vlm_train.engine.requeue._scontrol", lambda *_, told=told: (f"JobState=RUNNING {told}", None)
+            "vlm_train.engine.requeue.scontrol", lambda *_, told=told: (f"JobState=RUNNING {told}", None)
         )
         run = begun(tmp_path / str(number), step=0, reached=0)
         run.event("interrupted", {"step": 0, "signal": "SIGTERM"})

@@ -16,7 +16,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from vlm_train.engine.rundir import RunDirectory, append_line
-from vlm_train.engine.wandb import WandbSink, begin, replay, scores_of
+from vlm_train.engine.wandb import WandbSink, begin, replay, scores_by_step
 from vlm_train.errors import ConfigError
 
 BLOCK = 32768
@@ -53,6 +53,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
+
+
+@pytest.fixture(autouse=True)
+def _no_service_is_left() -> Iterator[None]:
+    """W&B's process of this one would serve the processes that later tests start."""
+    yield
+    wandb.teardown()
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def test_alerts_and_scores_of_a_run_that_trains(run: RunDirectory) -> None:
         {"eval/retrieval/text_to_image/R@1": 25.0, "eval/step": 7}
     ]
     assert there.summary["eval/retrieval/text_to_image/R@1"] == 25.0
-    assert scores_of(run)[4]["eval/retrieval/num_pairs"] == 8
+    assert scores_by_step(run)[4]["eval/retrieval/num_pairs"] == 8
 
 
 def test_online_without_a_login_is_a_clear_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

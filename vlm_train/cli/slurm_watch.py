@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from pathlib import Path
 
 from vlm_train.cli.slurm_script import LOG
+from vlm_train.engine.requeue import scontrol
 
 _EVERY_SECONDS = 2.0
 _WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "PREEMPTED")
@@ -32,7 +32,7 @@ def watch(job: str, folder: Path) -> int:
 
 def state_of(job: str) -> str:
     """The state of a job in SLURM's words, UNKNOWN when SLURM has forgotten it."""
-    told = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True).stdout
+    told, _ = scontrol("show", "job", job)
     found = re.search(r"JobState=(\w+)", told)
     return found[1] if found else "UNKNOWN"
 

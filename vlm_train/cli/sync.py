@@ -22,12 +22,7 @@ def main(words: list[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    known = {
-        "--mode": Option(choice("online", "offline"), "online"),
-        "--project": Option(plain),
-        "--entity": Option(plain),
-    }
-    runs, options = arguments(words, {"RUN": plain}, known, many=True)
+    runs, options = parsed(words)
     from pathlib import Path
 
     from vlm_train.schema import read_config
@@ -38,15 +33,25 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def parsed(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """(runs, options). Raises ConfigError."""
+    known = {
+        "--mode": Option(choice("online", "offline"), "online"),
+        "--project": Option(plain),
+        "--entity": Option(plain),
+    }
+    return arguments(words, {"RUN": plain}, known, many=True)
+
+
 def sync(path: Any, config: Any, options: dict[str, Any]) -> None:
     """One run. Raises ConfigError where W&B cannot be reached, or the run has no row yet."""
     from vlm_train.engine.rundir import RunDirectory
-    from vlm_train.engine.wandb import begin, last_step, replay
+    from vlm_train.engine.wandb import begin, replay
     from vlm_train.locations import in_texts, scrubbed
     from vlm_train.schema import plain as as_dict
 
     run = RunDirectory(path.resolve())
-    if not last_step(run):
+    if not run.last_step():
         raise ConfigError(f"{path} has nothing to send", got="no row in metrics.jsonl",
                           allowed="a run that has trained", remedy="vlm-train train ...")  # fmt: skip
     resolved = in_texts(scrubbed, as_dict(config))

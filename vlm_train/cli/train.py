@@ -146,13 +146,13 @@ def make_ready(
     from vlm_train import build, origins
     from vlm_train.cli.runs import bring_back
     from vlm_train.engine import checkpoints
-    from vlm_train.engine.rundir import read_lines, write_atomic
+    from vlm_train.engine.rundir import write_atomic
     from vlm_train.locations import in_texts, scrubbed
 
     checkpoint = checkpoint or checkpoints.newest(run.checkpoints) or bring_back(config, run)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     LOG.info("%s %s%s", "resuming" if step else "starting", run.path, f" after step {step}" if step else "")
-    reached = max((row["step"] for row in read_lines(run.metrics)), default=0)
+    reached = run.last_step()
     run.rewind(step if step else -1)  # what indexing left out stands at step 0 and is written anew
     checkpoints.retire_after(run.checkpoints, step)
     # compares the weights to start from with a model without memory

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 
 from vlm_train.doctor.findings import GREEN, YELLOW, Finding
+from vlm_train.engine.requeue import scontrol
 
 LEAST_SECONDS = 30
 """That a run needs to finish its step and to save."""
@@ -18,15 +18,15 @@ def slurm(save_seconds: float = LEAST_SECONDS) -> Iterator[Finding]:
     if shutil.which("scontrol") is None:
         yield Finding("slurm", GREEN, "not here")
         return
-    told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
-    if told.returncode:
-        why = (told.stderr.strip().splitlines() or ["it says nothing"])[-1]
+    told, refusal = scontrol("show", "config")
+    if refusal is not None:
+        why = (refusal.splitlines() or ["it says nothing"])[-1]
         yield Finding("slurm", YELLOW, f"installed, but no controller answers: {why}",
                       "where there is a cluster, run this on its login node")  # fmt: skip
         return
-    yield from judged(settings_of(told.stdout), save_seconds)
-    told = subprocess.run(["scontrol", "show", "partition", "--oneliner"], capture_output=True, text=True, timeout=30)
-    for line in told.stdout.splitlines():
+    yield from judged(settings_of(told), save_seconds)
+    told, _ = scontrol("show", "partition", "--oneliner")
+    for line in told.splitlines():
         yield from of_partition(dict(re.findall(r"(\w+)=(\S+)", line)), save_seconds)
 
 

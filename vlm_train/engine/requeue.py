@@ -53,17 +53,15 @@ class Job:
         )
 
 
-def is_over(job: Job) -> bool:
+def _is_over(told: str) -> bool:
     """Whether SLURM is ending the job for another reason than its time. `scancel JOB` warns the ranks by SIGTERM as a
     preemption does, but a preempted job is RUNNING until its grace time is over; and a job that is taken back could be
-    queued again against the will of its user."""
-    told, _ = _scontrol("show", "job", job.id)
+    queued again against the will of its user. `told`: what `scontrol show job` says, nothing where it is silent."""
     return bool(told) and "JobState=RUNNING" not in told and "Reason=TimeLimit" not in told
 
 
-def is_left_alone(job: Job) -> bool:
+def _is_left_alone(told: str) -> bool:
     """Whether SLURM itself has not warned the job: SIGTERM is then how srun ends the ranks beside one that died."""
-    told, _ = _scontrol("show", "job", job.id)
     return "PreemptTime=None" in told
 
 
@@ -79,7 +77,7 @@ def decide(run: RunDirectory, job: Job, code: int) -> bool:
     last = events[-1]["event"] if events else ""
     if last in ("requeue_refused", "not_requeued"):  # decided already, by rank 0
         return last == "requeue_refused"
-    reached = max((row["step"] for row in read_lines(run.metrics)), default=_begun(events))
+    reached = run.last_step() or _begun(events)
     told: dict[str, Any] = {"step": reached, "job": job.id, "restarts": job.num_restarts}
     reason, against = _weigh(events, job, code, reached)
     if against:
@@ -93,14 +91,14 @@ def decide(run: RunDirectory, job: Job, code: int) -> bool:
 
 def requeue(run: RunDirectory, job: Job) -> bool:
     """Asks SLURM to queue the job again, which ends every process of the job. A refusal is written down."""
-    _, refusal = _scontrol("requeue", job.id)
+    _, refusal = scontrol("requeue", job.id)
     if refusal is not None:
         run.event("requeue_refused", {"job": job.id, "reason": refusal})
     return refusal is None
 
 
-def _scontrol(*words: str) -> tuple[str, str | None]:
-    """(what it says, why it could not; None where it could)."""
+def scontrol(*words: str) -> tuple[str, str | None]:
+    """Asks SLURM: (what it says, why it could not; None where it could)."""
     try:
         asked = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=_SCONTROL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -113,12 +111,13 @@ def _weigh(events: list[dict[str, Any]], job: Job, code: int, reached: int) -> t
     ends = [number for number, row in enumerate(events) if row["event"] in _ENDS]
     asked = [row for row in events[ends[-1] + 1 if ends else 0 :] if row["event"] == "interrupted"]
     reason = asked[-1]["signal"] if asked else f"exit code {code}"
-    if is_over(job):
+    told, _ = scontrol("show", "job", job.id)
+    if _is_over(told):
         return reason, "the job was cancelled"
     if job.num_restarts >= job.max_requeues:
         return reason, f"the job was started again {job.num_restarts} times: launch.max_requeues={job.max_requeues}"
     got_nowhere = reached <= _begun(events)
-    if asked and not (got_nowhere and reason == "SIGTERM" and is_left_alone(job)):
+    if asked and not (got_nowhere and reason == "SIGTERM" and _is_left_alone(told)):
         return reason, ""
     if code == _USERS_MISTAKE:
         return reason, "another start would meet the same mistake"

@@ -59,6 +59,10 @@ class RunDirectory:
         """The ledger of one rank, see `ledger.py`."""
         return self.path / ("time.jsonl" if rank == 0 else f"time-rank-{rank}.jsonl")
 
+    def last_step(self) -> int:
+        """The last step of metrics.jsonl; 0 where it has no row."""
+        return max((row["step"] for row in read_lines(self.metrics)), default=0)
+
     def reached(self) -> int:
         """The last step that was recorded before the run was taken up, 0 for none: it may lie beyond the checkpoint."""
         turns = [row for row in read_lines(self.events) if row["event"] in ("start", "resume")]

@@ -84,7 +84,7 @@ class WandbSink:
         self.run, self.there = run, there
         self._next_step = int(there.step or 0)  # of a W&B run that goes on: behind its last one
         self._told, self._looked = _num_events(run), time.monotonic()
-        self._scores = scores_of(run)
+        self._scores = scores_by_step(run)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Sends a row, unless W&B has its step."""
@@ -97,7 +97,7 @@ class WandbSink:
         """Sends what is left; a run that stops early is not marked as crashed."""
         self._look()
         self.there.summary.update(summary_of(self.run))
-        self.there.log(pictures_of(self.run), step=last_step(self.run))
+        self.there.log(pictures_of(self.run), step=self.run.last_step())
         _finish(self.there)
 
     def _look(self) -> None:
@@ -107,8 +107,8 @@ class WandbSink:
         for event in events[self._told :]:
             alert(self.there, event)
         self._told = len(events)
-        scores = scores_of(self.run)
-        for step in scores.keys() - self._scores.keys():
+        scores = scores_by_step(self.run)
+        for step in sorted(scores.keys() - self._scores.keys()):
             # W&B takes no row of a step behind the newest: the step of a score is a column of its own
             self.there.log({**scores[step], "eval/step": step})
         self._scores = scores
@@ -117,7 +117,7 @@ class WandbSink:
 def replay(run: RunDirectory, there: Any, progress: Callable[[int, int], None] | None = None) -> int:
     """Sends all of a run's folder that the W&B run does not have; returns how many rows. `progress`: of (rows done,
     in all)."""
-    rows, scores = list(read_lines(run.metrics)), scores_of(run)
+    rows, scores = list(read_lines(run.metrics)), scores_by_step(run)
     first, num = int(there.step or 0), 0
     if rows and first > rows[-1]["step"] + 1:
         LOG.warning("W&B has steps up to %d, the run up to %d: it went back since", first - 1, rows[-1]["step"])
@@ -129,23 +129,24 @@ def replay(run: RunDirectory, there: Any, progress: Callable[[int, int], None] |
             progress(done, len(rows))
     there.summary.update(summary_of(run))
     if rows:
-        there.log(pictures_of(run), step=last_step(run))
+        there.log(pictures_of(run), step=run.last_step())
     _finish(there)
     return num
 
 
-def scores_of(run: RunDirectory) -> dict[int, dict[str, float]]:
+def scores_by_step(run: RunDirectory) -> dict[int, dict[str, float]]:
     """step -> {eval/NAME/...: score} of evals/history.jsonl."""
     scores: dict[int, dict[str, float]] = {}
     for row in read_lines(run.history):
-        scores.setdefault(row["step"], {}).update(_numbers(f"eval/{row['name']}", row))
+        result = {key: value for key, value in row.items() if key not in ("step", "name")}
+        scores.setdefault(row["step"], {}).update(_numbers(f"eval/{row['name']}", result))
     return scores
 
 
 def summary_of(run: RunDirectory) -> dict[str, float]:
     """The newest scores, and what else is one number of a run."""
     newest: dict[str, float] = {}
-    for scores in scores_of(run).values():
+    for scores in scores_by_step(run).values():
         newest.update(scores)
     return newest
 
@@ -155,11 +156,6 @@ def pictures_of(run: RunDirectory) -> dict[str, Any]:
     import wandb
 
     return {f"media/{path.stem}": wandb.Image(str(path)) for path in sorted(run.media.glob("*.png"))}
-
-
-def last_step(run: RunDirectory) -> int:
-    """Of metrics.jsonl; 0 where it has no row."""
-    return max((row["step"] for row in read_lines(run.metrics)), default=0)
 
 
 def alert(there: Any, event: Mapping[str, Any]) -> None:
@@ -186,13 +182,10 @@ def _num_events(run: RunDirectory) -> int:
     return sum(1 for _ in read_lines(run.events))
 
 
-def _numbers(prefix: str, value: Any) -> dict[str, float]:
-    return dict(_flat(prefix, {key: each for key, each in value.items() if key not in ("step", "name")}))
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number of a result with its path."""
     if isinstance(value, Mapping):
         for key, each in value.items():
-            yield from _flat(f"{prefix}/{key}", each)
+            yield from _numbers(f"{name}/{key}", each)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield prefix, value
+        yield name, value
