@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlm_train.curation.chain import Ticking
-from vlm_train.curation.hamming import check_number, pairs_within
+from vlm_train.curation.hamming import pairs_within, refuse_more
 from vlm_train.curation.hamming_passes import Pass, Words
 from vlm_train.curation.views import BITS, CODES_BYTES, MIDDLE, PARTS, WHOLE
 from vlm_train.data.manifest import packed
@@ -75,24 +75,22 @@ def candidates(
     Raises:
         DataError: there are more than `MOST_PAIRS`.
     """
-    num, found = len(rows), [np.empty(0, np.uint64)]
+    num, found, num_found = len(rows), [np.empty(0, np.uint64)], 0
 
     def join(what: str, codes: Words, radius: int, bands: Sequence[Pass] | None) -> None:
+        nonlocal num_found
         progress = ticking(f"passes of the search by {what}")
         for pairs in near_pairs(codes, radius, bands, workers, progress):
             found.append(_keys(pairs, num))
-            check_number(sum(map(len, found)), MOST_PAIRS)
+            num_found += len(found[-1])
+            refuse_more(num_found, MOST_PAIRS)
 
     join("pHash", phash, radius, None)
     with tempfile.TemporaryDirectory() as folder:
         join("views", _views(manifest, rows, [WHOLE, MIDDLE], Path(folder) / "wholes"), VIEW_RADIUS, BANDS)
-        for number in PARTS if with_parts else ():
-            join(
-                f"part {number - PARTS.start + 1} of {len(PARTS)}",
-                _views(manifest, rows, [number], Path(folder) / "part"),
-                VIEW_RADIUS,
-                BANDS,
-            )
+        for place, number in enumerate(PARTS if with_parts else (), 1):
+            parts = _views(manifest, rows, [number], Path(folder) / "part")
+            join(f"part {place} of {len(PARTS)}", parts, VIEW_RADIUS, BANDS)
     keys = np.unique(np.concatenate(found))
     return np.stack([keys >> _HALF, keys & np.uint64((1 << 32) - 1)], axis=1).astype(np.int64)
 

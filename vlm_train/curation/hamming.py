@@ -150,7 +150,7 @@ def _joined(
         yield from pool.map(one, range(len(passes)))
 
 
-def check_number(num: int, most: int) -> None:
+def refuse_more(num: int, most: int) -> None:
     """Raises DataError where there are more pairs than one can hold."""
     if num > most:
         raise DataError("too many pictures look alike to a hash", got=f"over {most:,} pairs that would be compared",
@@ -162,7 +162,7 @@ def _no_more_than(most: int, found: Iterator[Words]) -> Iterator[Words]:
     num = 0
     for each in found:
         num += len(each)
-        check_number(num, most)
+        refuse_more(num, most)
         yield each
 
 
