@@ -16,18 +16,16 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from vlm_train.engine.stops import SIGNALS
+
 SAVE_SECONDS = 120.0  # how long ranks may take to finish after one of them ended
 FAIL_SECONDS = 5.0
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train.cli.rank") -> int:
     """Runs `python -m MODULE ARGUMENTS` on `num_ranks` ranks. Returns the first exit code that is not 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), "GROUP_RANK": "0",
-              "LOCAL_WORLD_SIZE": str(num_ranks), "VLM_TRAIN_PARENT": str(os.getpid())}  # fmt: skip
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks),
+              "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks), "VLM_TRAIN_PARENT": str(os.getpid())}  # fmt: skip
     command = [sys.executable, "-m", module, *arguments]
     # an own session: Ctrl-C reaches the ranks once, through us
     ranks = [
@@ -42,7 +40,7 @@ def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train
             if process.poll() is None:
                 process.send_signal(signum)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         return _wait(ranks)
     finally:
@@ -54,13 +52,20 @@ def launch(arguments: Sequence[str], num_ranks: int, *, module: str = "vlm_train
             signal.signal(number, handler)
 
 
+def free_port() -> int:
+    """One that nobody on this machine listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     first_failure, deadline = 0, float("inf")
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         for process in ranks:
             if process.returncode and not first_failure:
                 first_failure = process.returncode
-                saved = first_failure - 128 in FORWARDED
+                saved = first_failure - 128 in SIGNALS
                 deadline = time.monotonic() + (SAVE_SECONDS if saved else FAIL_SECONDS)
         time.sleep(0.05)
     codes = [first_failure, *(process.returncode or 0 for process in ranks)]

@@ -15,12 +15,12 @@ reach the others through a shared disk, which may show them an old file for a mi
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli import slurm_ranks
+from vlm_train.cli.launcher import free_port
 from vlm_train.cli.rank import run_rank
 from vlm_train.engine.requeue import Job, decide
 from vlm_train.engine.rundir import RunDirectory, write_atomic
@@ -73,7 +73,7 @@ def prepare(task: Path) -> None:
     slurm_ranks.stop_before_training(run)
     found = _next_stage(config, stages, run, words) if stages else _next_run(config, run, words)
     lines = [str(part or "") for part in found or (None, None)]
-    write_atomic(task / NEXT, "\n".join([*lines, str(_free_port()) if found else "", ""]))
+    write_atomic(task / NEXT, "\n".join([*lines, str(free_port()) if found else "", ""]))
 
 
 def judge(task: Path, code: str) -> None:
@@ -121,12 +121,6 @@ def _next_stage(
     if not run.is_finished():
         run.event("finished", {"stages": list(stages)})
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from typing import NoReturn
 from vlm_train.engine import checkpoints
 from vlm_train.engine.requeue import REQUEUE_EXIT, Job, decide, requeue
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.stops import SIGNALS
 from vlm_train.errors import ConfigError
 from vlm_train.log import global_rank
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = tuple(number for number in SIGNALS if number != signal.SIGINT)
 """Preemption; the end of the time that was asked for (`--signal`); `scancel --signal`."""
 
 

@@ -11,14 +11,16 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vlm_train.distributed import collectives
 from vlm_train.errors import VlmError
 
+if TYPE_CHECKING:
+    import torch
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C; preemption; the end of the time that was asked for; by hand. Named here once, for who starts and watches
+ranks too, which know no torch."""
 
 
 class Interrupted(VlmError):
@@ -60,6 +62,10 @@ class StopSignals:
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any rank met, 0 for none. Collective."""
+        import torch
+
+        from vlm_train.distributed import collectives
+
         return int(collectives.all_reduce_max(torch.tensor([self._signal], device=device)).item())
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 from vlm_train.engine import hang
 from vlm_train.engine.heartbeat import EXIT_HANG, Beat, order_end, page_of, read_beats
 from vlm_train.engine.rundir import RunDirectory
+from vlm_train.engine.stops import SIGNALS
 from vlm_train.log import get_logger
 
 LOG = get_logger("vlm_train.engine.watchdog")  # this module runs as __main__
@@ -81,7 +82,7 @@ def _start(run: Path, config: Any, world_size: int) -> subprocess.Popen[bytes] |
 def main(arguments: Sequence[str]) -> int:
     """Watches until the parent is gone, or ends the ranks."""
     run, parent, patience = RunDirectory(arguments[0]), int(arguments[1]), hang.Patience(**json.loads(arguments[2]))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in (*SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the ranks have to save yet
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     pace = hang.Pace()
