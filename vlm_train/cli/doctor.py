@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_train.cli.options import out_file
-from vlm_train.errors import ConfigError
+from vlm_train.cli.options import out_file, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from vlm_train.doctor.findings import Check, Finding
 
@@ -35,11 +34,15 @@ def main(words: list[str]) -> int:
         print(USAGE)
         return 0
     words, file = parted(words)
-    config = _config(words) if words else None
+    from vlm_train.cli.compose import compose_config
+    from vlm_train.cli.stages import compose_stages
     from vlm_train.doctor.findings import RED, found
 
+    config = compose_config(words) if words else None
+    stages = list(compose_stages(config, words).values()) or [config] if config is not None else []
+
     findings = []
-    for finding in found(checks_of(config)):
+    for finding in found(checks_of(config, stages)):
         print(_line(finding), flush=True)
         findings.append(finding)
     lights = [finding.light for finding in findings]
@@ -51,23 +54,13 @@ def main(words: list[str]) -> int:
 
 
 def parted(words: list[str]) -> tuple[list[str], Path | None]:
-    """(words of train, the file of --json)."""
-    if "--json" not in words:
-        return words, None
-    place = words.index("--json")
-    if place + 1 == len(words):
-        raise ConfigError("--json needs a file", got="nothing behind it", allowed="a path", remedy="--json doctor.json")
-    return words[:place] + words[place + 2 :], out_file("--json", words[place + 1])
+    """(words of train, the file of --json). Raises ConfigError."""
+    rest, files = taken(words, "--json")
+    return rest, out_file("--json", files[-1]) if files else None
 
 
-def _config(words: list[str]) -> Any:
-    from vlm_train.cli.compose import compose_config
-
-    return compose_config(words)
-
-
-def checks_of(config: Any) -> Iterator[Check]:
-    """The checks of a machine, and of a run where there is a config."""
+def checks_of(config: Any, stages: Iterable[Any] = ()) -> Iterator[Check]:
+    """The checks of a machine, and of a run where there is a config; `stages`: the configs that it trains."""
     from vlm_train.doctor import cluster, devices, machine, software, storage, tracking
 
     trainer = config.trainer if config is not None else None
@@ -82,7 +75,7 @@ def checks_of(config: Any) -> Iterator[Check]:
     yield devices.gpus
     yield devices.arithmetic
     yield partial(_all_reduce, num_ranks if config is not None else None)
-    yield partial(storage.disk, folder)
+    yield partial(_disk, folder, config, stages)
     if config is not None:
         from vlm_train.schema import plain
 
@@ -92,6 +85,23 @@ def checks_of(config: Any) -> Iterator[Check]:
                 yield partial(storage.data, split, shards)
         yield partial(tracking.wandb, config.logger.name, config.logger.mode)
     yield cluster.slurm
+
+
+def _disk(folder: Path, config: Any, stages: Iterable[Any]) -> Iterator[Finding]:
+    """The disk of the runs; against the checkpoints of a run, the largest of its stages, where they can be planned."""
+    from vlm_train.doctor import storage
+
+    if config is None:
+        return storage.disk(folder)
+    from vlm_train.errors import VlmError
+    from vlm_train.plan.dry import DryRun
+    from vlm_train.plan.memory import checkpoint_bytes
+
+    try:
+        largest = max(checkpoint_bytes(DryRun(stage)) for stage in stages)
+    except VlmError:
+        return storage.disk(folder)
+    return storage.disk(folder, largest / 1e9, config.checkpoint.keep)
 
 
 def _all_reduce(num_ranks: int | None) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ Check = Callable[[], Iterable[Finding]]
 def found(checks: Iterable[Check]) -> Iterator[Finding]:
     """What the checks find, as they find it. A check that breaks is a finding itself: it stops no other."""
     for check in checks:
-        name = getattr(getattr(check, "func", check), "__name__", "check")
+        name = getattr(getattr(check, "func", check), "__name__", "check").lstrip("_")
         try:
             yield from check()
         except VlmError as error:

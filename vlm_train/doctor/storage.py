@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_train.data.decode import SampleError, first_image, open_image
+from vlm_train.data.decode import SampleError, first_image, image_parts, open_image
 from vlm_train.data.sources.shards import ShardSource
 from vlm_train.doctor.findings import GREEN, RED, YELLOW, Finding
 
@@ -91,6 +91,6 @@ def _decoded(sample: Any) -> int:
     """Bytes of a sample, whose picture decodes where it has one. Raises SampleError."""
     if isinstance(sample, SampleError):
         raise sample
-    if any(part.rpartition(".")[2] in ("jpg", "jpeg", "png", "webp") for part in sample.parts):
+    if image_parts(sample.parts):
         open_image(first_image(sample.parts)).decode()
     return sum(len(part) for part in sample.parts.values())
