@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_train.cli.options import count
+from vlm_train.cli.options import count, taken
 from vlm_train.cli.tables import table
 from vlm_train.errors import CheckpointError, ConfigError, nearest
 
@@ -100,12 +100,10 @@ def _rows(run: RunDirectory, *, checksums: bool) -> tuple[list[list[str]], list[
 
 def _keep(words: list[str]) -> tuple[int | None, list[str]]:
     """(N of `--keep N`, the other words)."""
-    if "--keep" not in words:
-        return None, words
-    place = words.index("--keep")
-    if place + 1 == len(words):
+    rest, values = taken(words, "--keep")
+    if values and not values[-1]:
         raise ConfigError("--keep needs a number", got="nothing behind it", allowed="1 or more", remedy="--keep 2")
-    return count()("--keep", words[place + 1]), words[:place] + words[place + 2 :]
+    return (count()("--keep", values[-1]) if values else None), rest
 
 
 def _runs(words: list[str]) -> list[RunDirectory]:

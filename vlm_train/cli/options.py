@@ -225,6 +225,22 @@ def _value(name: str, option: Option, texts: Sequence[str]) -> Any:
     return values[0] if values else option.default
 
 
+def taken(words: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """(the other words, the values of `name VALUE` and `name=VALUE` among them): an option amid words of another kind.
+    A value that is missing is empty."""
+    rest: list[str] = []
+    values: list[str] = []
+    pending = iter(words)
+    for word in pending:
+        if word == name:
+            values.append(next(pending, ""))
+        elif word.startswith(f"{name}="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return rest, values
+
+
 def needed(options: Mapping[str, Any], name: str, value: str) -> Any:
     """The value of an option that must be given. Raises ConfigError."""
     if options[name] is None:

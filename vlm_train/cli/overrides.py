@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from vlm_train.checks.values import said
+from vlm_train.cli.options import taken
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, nearest
 from vlm_train.schema import Config
@@ -56,16 +57,7 @@ def alternatives(word: str) -> list[str]:
 
 def split_config_dir(words: Sequence[str]) -> tuple[list[str], str | None]:
     """Takes `--config-dir DIR` or `--config-dir=DIR` out of the words. Raises ConfigError."""
-    rest: list[str] = []
-    found: list[str] = []
-    pending = iter(words)
-    for word in pending:
-        if word == "--config-dir":
-            found.append(next(pending, ""))
-        elif word.startswith("--config-dir="):
-            found.append(word.partition("=")[2])
-        else:
-            rest.append(word)
+    rest, found = taken(words, "--config-dir")
     if not found:
         return rest, None
     if len(found) > 1 or not found[0] or not Path(found[0]).is_dir():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.arguments import Arguments, parse
-from vlm_train.cli.options import count, number, out_file, whole
+from vlm_train.cli.options import count, number, out_file, taken, whole
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, VlmError
 from vlm_train.log import get_logger
@@ -70,7 +71,7 @@ def _plan(words: list[str]) -> int:
 
     plans = _plans(arguments.overrides, machine_of(arguments), nums_gpus, arguments.optional("tokens", count()))
     print("\n".join(described(plans, machine_of(arguments), walltime, samples)))
-    _write(file, {plan.name: _plain(plan) for plan in plans})
+    _write(file, {plan.name: asdict(plan) for plan in plans})
     return 0
 
 
@@ -105,18 +106,11 @@ def _counts(name: str, text: str) -> list[int]:
 
 def split_flags(words: list[str]) -> tuple[list[str], bool, Path | None]:
     """The other words, whether `--all` is among them, and the file of `--json`. Raises ConfigError."""
-    rest, is_all, file, pending = [], False, None, iter(words)
-    for word in pending:
-        flag, separator, value = word.partition("=")
-        if flag == "--all" and not separator:
-            is_all = True
-        elif flag == "--json":
-            file = out_file("--json", value if separator else next(pending, ""))
-        elif flag == "--config-dir":
-            rest += [word] if separator else [f"{word}={next(pending, '')}"]
-        else:
-            rest.append(word)
-    return rest, is_all, file
+    rest, files = taken(words, "--json")
+    rest, folders = taken(rest, "--config-dir")
+    others = [word for word in rest if word != "--all"]
+    file = out_file("--json", files[-1]) if files else None
+    return [*others, *(f"--config-dir={folder}" for folder in folders)], "--all" in rest, file
 
 
 def _plans(
@@ -151,17 +145,11 @@ def _all(arguments: Arguments, nums_gpus: list[int] | None, file: Path | None) -
             told[name] = {"cannot be planned": error.what}
             print(f"{name:22} cannot be planned: {error.what.splitlines()[0]}", flush=True)
         else:
-            told[name] = [_plain(plan) for plan in plans]
+            told[name] = [asdict(plan) for plan in plans]
             print(summary(name, plans), flush=True)
     print("\n".join(["", *assumptions(machine)]))
     _write(file, told)
     return 0
-
-
-def _plain(plan: Any) -> Any:
-    from dataclasses import asdict
-
-    return asdict(plan)
 
 
 def _write(file: Path | None, content: Any) -> None:

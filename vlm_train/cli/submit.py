@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm_train.cli.options import taken
 from vlm_train.cli.paths import PACKAGE, conf_dir, slurm_dir
 from vlm_train.errors import ConfigError, VlmError, nearest
 
@@ -88,20 +89,13 @@ def plan_line(runs: Sequence[tuple[DictConfig, Stages, list[str]]], launch: Laun
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """(other words, what is swept over, whether the log is watched)."""
-    rest: list[str] = []
-    sweeps: list[str] = []
-    pending = iter(words)
-    for word in pending:
-        if word == "--sweep" or word.startswith("--sweep="):
-            sweeps.append(word.partition("=")[2] if "=" in word else next(pending, ""))
-        elif word.startswith("--") and word != "--watch" and not word.startswith("--config-dir"):
+    rest, sweeps = taken(words, "--sweep")
+    for word in rest:
+        if word.startswith("--") and word != "--watch" and not word.startswith("--config-dir"):
             close = nearest(word, ("--sweep", "--watch", "--config-dir"))
             raise ConfigError("vlm-train submit has no such option", got=word, allowed="--sweep, --watch, --config-dir",
                               remedy=close[0] if close else "vlm-train submit --help")  # fmt: skip
-        elif word != "--watch":
-            rest.append(word)
-            rest += [next(pending, "")] if word == "--config-dir" else []
-    return rest, sweeps, "--watch" in words
+    return [word for word in rest if word != "--watch"], sweeps, "--watch" in rest
 
 
 def _runs(words: list[str], sweeps: Sequence[str]) -> list[tuple[DictConfig, Stages, list[str]]]:
