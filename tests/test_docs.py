@@ -13,7 +13,20 @@ import pytest
 from omegaconf import OmegaConf
 
 from vlm_train import __version__
-from vlm_train.cli import configs, data, doctor, evaluate, export, import_weights, plan, predict, submit
+from vlm_train.cli import (
+    checkpoints,
+    configs,
+    data,
+    doctor,
+    evaluate,
+    export,
+    import_weights,
+    plan,
+    predict,
+    submit,
+    sync,
+    watch,
+)  # fmt: skip
 from vlm_train.cli.arguments import parse
 from vlm_train.cli.compose import compose_config
 from vlm_train.cli.main import VERBS
@@ -110,14 +123,23 @@ def accepts(words: list[str]) -> None:
         "plan": lambda: compose_config(parse(plan.split_flags(rest)[0], plan.KEYS, verb=verb, rest=True).overrides),
         "doctor": lambda: compose_config(doctor.parted(rest)[0]),
         "submit": lambda: compose_config([word for word in submit.split_options(rest)[0] if not is_of_launch(word)]),
-        "watch": lambda: None,
-        "checkpoints": lambda: None,
-        "sync": lambda: None,
+        "watch": lambda: watch.parsed(rest),
+        "checkpoints": lambda: check_checkpoints(rest),
+        "sync": lambda: sync.parsed(rest),
         "import": lambda: parse(rest, import_weights.KEYS, verb=verb),
         "evaluate": lambda: check_evaluate(parse(rest, evaluate.KEYS, verb=verb, rest=True).overrides),
     }
     if rest:
         readers[verb]()
+
+
+def check_checkpoints(rest: list[str]) -> None:
+    """Its runs are not here."""
+    try:
+        checkpoints.main(rest)
+    except ConfigError as error:
+        if "is no run" not in error.what:
+            raise
 
 
 def check_evaluate(overrides: list[str]) -> None:
@@ -229,6 +251,11 @@ def test_commands_parse(path: Path, no_work: None) -> None:
         "vlm-train predict run=RUN picture=DIR",
         "vlm-train data import folder IN OUT --val-frac 0.1",
         "vlm-train configs find lr",
+        "vlm-train watch runs/a runs/b",
+        "vlm-train checkpoints verfy runs/a",
+        "vlm-train sync runs/a --mode later",
+        "vlm-train doctor experiment=quickstrat",
+        "vlm-train submit experiment=quickstart --swep seed=0,1",
     ],
 )
 def test_a_wrong_command_is_noticed(command: str, no_work: None) -> None:

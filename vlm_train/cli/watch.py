@@ -27,18 +27,13 @@ def main(words: list[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    once = "--once" in words
-    rest = [word for word in words if word != "--once"]
-    unknown = [word for word in rest if word.startswith("-")]
-    if len(rest) != 1 or unknown:
-        raise ConfigError("vlm-train watch takes one run", got=" ".join(words), allowed="RUN [--once]",
-                          remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
+    path, once = parsed(words)
     from vlm_train.cli.watched import Reader
     from vlm_train.engine.rundir import RunDirectory
 
-    run = RunDirectory(rest[0])
+    run = RunDirectory(path)
     if not run.config.is_file():
-        raise ConfigError(f"{rest[0]} is no run", got=f"RUN={rest[0]}", allowed="a folder with config.yaml",
+        raise ConfigError(f"{path} is no run", got=f"RUN={path}", allowed="a folder with config.yaml",
                           remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
     reader = Reader(run)
     if once:
@@ -48,6 +43,15 @@ def main(words: list[str]) -> int:
     else:
         _tell(reader)
     return 0
+
+
+def parsed(words: list[str]) -> tuple[str, bool]:
+    """(the run, whether one picture is enough). Raises ConfigError."""
+    rest = [word for word in words if word != "--once"]
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ConfigError("vlm-train watch takes one run", got=" ".join(words), allowed="RUN [--once]",
+                          remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
+    return rest[0], "--once" in words
 
 
 def _draw_once(reader: Reader) -> None:
