@@ -13,7 +13,6 @@ from vlm_train.cli.arguments import Arguments, parse
 from vlm_train.cli.options import count, number, out_file, taken, whole
 from vlm_train.cli.paths import groups
 from vlm_train.errors import ConfigError, VlmError
-from vlm_train.log import get_logger
 
 if TYPE_CHECKING:
     from vlm_train.plan.estimate import Machine, Plan
@@ -50,16 +49,6 @@ def main(words: list[str]) -> int:
         print(USAGE)
         return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub that cannot be reached is asked for half a minute a model
-    log = get_logger("vlm_train.engine.optim")
-    before = log.level
-    log.setLevel("WARNING")  # it tells of groups that a run has
-    try:
-        return _plan(words)
-    finally:
-        log.setLevel(before)
-
-
-def _plan(words: list[str]) -> int:
     rest, is_all, file = split_flags(words)
     arguments = parse(rest, KEYS, verb="plan", rest=True)
     nums_gpus = arguments.optional("gpus", _counts)

@@ -46,7 +46,7 @@ def disk(folder: Path, checkpoint_gb: float | None = None, keep: int = 2) -> Ite
     stall = (
         ""
         if checkpoint_gb is None
-        else f"; a checkpoint of {checkpoint_gb:.1f} GB takes {checkpoint_gb * 1e3 / rate:.0f} s"
+        else f"; a checkpoint of {checkpoint_gb:.3g} GB takes {checkpoint_gb * 1e3 / rate:.2g} s"
     )
     if rate < LEAST_RATE:
         yield Finding("disk_rate", YELLOW, f"{rate:.0f} MB/s written to {folder}{stall}",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed._composable import checkpoint
 from vlm_train import build
 from vlm_train.engine import sharding
 from vlm_train.errors import ConfigError
+from vlm_train.log import get_logger
 from vlm_train.objectives.base import CoupledObjective, SeparableObjective
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.distill import Distill
@@ -74,7 +76,8 @@ class DryRun:
         self.average = copy.deepcopy(self.parts.model).requires_grad_(False) if optim.ema_decay else None
         for module in filter(None, (self.learner, self.average)):
             self.shapes.place(module)
-        self.optimizer: torch.optim.Optimizer = optim.build(self.learner)
+        with _unsaid():
+            self.optimizer: torch.optim.Optimizer = optim.build(self.learner)
         self.sample = sample_of(self.parts.model, tokens, config.data.hard_captions)
         self.implementation = "gathered"
         for part in self.parts.objective.modules():
@@ -164,6 +167,18 @@ class DryRun:
                     parameter.grad = torch.empty_like(parameter)
             self.optimizer.step()
         self._stepped = True
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """What an optimizer tells of its groups is told where it trains."""
+    log = get_logger("vlm_train.engine.optim")
+    before = log.level
+    log.setLevel("WARNING")
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
