@@ -252,7 +252,7 @@ def test_commands_parse(path: Path, no_work: None) -> None:
         "vlm-train data import folder IN OUT --val-frac 0.1",
         "vlm-train configs find lr",
         "vlm-train watch runs/a runs/b",
-        "vlm-train checkpoints verfy runs/a",
+        "vlm-train checkpoints check runs/a",
         "vlm-train sync runs/a --mode later",
         "vlm-train doctor experiment=quickstrat",
         "vlm-train submit experiment=quickstart --swep seed=0,1",
