@@ -10,9 +10,10 @@ import io
 import os
 import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 from vlm_train import __version__
-from vlm_train.cli.outcome import tell
+from vlm_train.cli.outcome import leave, tell
 from vlm_train.errors import ConfigError, nearest
 
 
@@ -84,14 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(__version__)
-        return 0
     try:
-        return importlib.import_module(_verb(words[0]).module).main(words[1:])
+        return _main(words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -100,6 +95,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         return tell(error, words)
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    return importlib.import_module(_verb(words[0]).module).main(words[1:])
 
 
 def _verb(name: str) -> Verb:
@@ -111,5 +116,10 @@ def _verb(name: str) -> Verb:
     return VERBS[name]
 
 
+def run() -> NoReturn:
+    """The command `vlm-train`."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,4 +1,5 @@
-"""What is printed of an error, and the exit code it means: 2 the user's mistake, 1 a failure.
+"""How a process of the command line ends: what is printed of an error, and the exit code it means, 2 the user's mistake,
+1 a failure.
 
 Whatever is printed here is `scrubbed`, once and for all: an error may quote any word of the command line, and a word
 may be a URL with a password. Where it was taken apart on the way (`data=https://me:hush@h/x` is a choice of a group
@@ -7,10 +8,15 @@ to Hydra), the secrets of the words themselves are looked for.
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from vlm_train.errors import VlmError
 from vlm_train.locations import SCHEMES, scrubbed
@@ -32,6 +38,26 @@ def tell(error: Exception, words: Sequence[str] = (), *, who: str = "") -> int:
         text, code = "".join(traceback.format_exception(error)).rstrip(), 1
     print(concealed(text, words), file=sys.stderr, flush=True)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process: threads are waited for, what libraries registered for the end runs, what was printed is out.
+
+    The interpreter is not taken apart. With torch in it that takes longer than many a command, and where a thread of a
+    library still runs, the destructors of C++ abort a process whose work is done and written ("terminate called without
+    an active exception").
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader of our output (head, less) is gone
+        code = code or 1
+    except OSError as error:
+        code = code or tell(error)
+    with suppress(OSError):
+        print(end="", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def concealed(text: str, words: Sequence[str] = ()) -> str:

@@ -6,7 +6,6 @@ srun.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vlm_train.cli import slurm_ranks
-from vlm_train.cli.outcome import tell
+from vlm_train.cli.outcome import leave, tell
 from vlm_train.engine.requeue import Job
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import ConfigError, VlmError
@@ -54,12 +53,7 @@ def run_rank(work: Callable[[list[str]], None], arguments: list[str]) -> NoRetur
             tell(error, arguments, who=f"[rank {global_rank()}] ")
         # other ranks may wait for this one in a collective; tearing the process group down would wait with them
         os._exit(code)
-    # what libraries registered for the end runs; the destructors of C++ do not: where a thread of a library still runs,
-    # they abort a rank whose work is done and written ("terminate called without an active exception")
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)
 
 
 def _places(arguments: list[str]) -> tuple[Path, Path | None]:
