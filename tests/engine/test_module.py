@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,9 +52,8 @@ def make_batch(step: int, finish: Tensor | None) -> Batch:
     return batch if finish is None else Batch(**batch, finish=finish)
 
 
-def trained(model: nn.Module, finish: Tensor | None = None, **options: Any) -> TrainingModule:
-    """Two steps."""
-    module = TrainingModule(
+def untrained(model: nn.Module, **options: Any) -> TrainingModule:
+    return TrainingModule(
         model=model,
         objective=InfoNCE(),
         optim=AdamW(
@@ -61,8 +63,15 @@ def trained(model: nn.Module, finish: Tensor | None = None, **options: Any) -> T
         plan=StepPlan(global_batch=6, budgets=Budgets(samples=6), rank=0, world_size=1, seed=0),
         **options,
     )
+
+
+def trained(
+    model: nn.Module, finish: Tensor | None = None, callbacks: Sequence[lightning.Callback] = (), **options: Any
+) -> TrainingModule:
+    """Two steps."""
+    module = untrained(model, **options)
     trainer: Any = lightning_trainer(
-        accelerator="cpu", devices=1, num_nodes=1, strategy="single", precision="fp32", callbacks=[]
+        accelerator="cpu", devices=1, num_nodes=1, strategy="single", precision="fp32", callbacks=list(callbacks)
     )
     batches: Any = [make_batch(step, finish) for step in range(2)]
     trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
@@ -102,6 +111,29 @@ def test_the_kernel_of_attention_is_chosen_for_the_moving_average_too() -> None:
     for model in (module.model, module.averaged_model):
         assert model.attention.attend is eager
     assert trained(Attending()).model.attention.attend is sdpa
+
+
+class Listening(lightning.Callback):
+    """Keeps who has SIGTERM when training starts."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+
+def test_signals_are_left_to_us() -> None:
+    """From before the trainer to its first step; the twin: Lightning's own trainer takes SIGTERM."""
+    ours, before = lambda *_: None, signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, ours)
+    try:
+        listening = Listening()
+        trained(Seeing(), callbacks=[listening])
+        assert listening.handler is ours
+        plain = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False, callbacks=[listening],
+                                  accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        plain.fit(untrained(Seeing()), train_dataloaders=DataLoader([make_batch(0, None)], batch_size=None))
+        assert listening.handler is not ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

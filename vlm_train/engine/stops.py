@@ -35,7 +35,7 @@ class Interrupted(VlmError):
 
 
 class StopSignals:
-    """Takes the signals over while a run can save: Lightning's own SIGTERM path ends a run without saving it."""
+    """Takes the signals over while a run can save."""
 
     def __init__(self) -> None:
         self._signal = 0

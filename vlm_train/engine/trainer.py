@@ -61,7 +61,7 @@ def lightning_trainer(
     plugins: list[Any] = [environment, DoublePrecision()] if sharded_fp64 else [environment]
     if strategy != "fsdp2":
         plugins.append(AnyCheckpoint())
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
@@ -78,3 +78,7 @@ def lightning_trainer(
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
+    # signals are those of `stops`: Lightning's handler of SIGTERM ends a run without saving it, and first waits for the
+    # other ranks in an exchange, which may be gone or in another one
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
