@@ -48,6 +48,18 @@ def test_a_start_that_srun_ended_is_a_failure(tmp_path: Path, monkeypatch: pytes
         assert decide(run, JOB, 143) == is_queued
 
 
+def test_a_rank_that_dies_at_one_step_again_and_again_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others, which srun ends by SIGTERM, have saved nothing then; the twin: they have, and were asked to."""
+    monkeypatch.setattr("vlm_train.engine.requeue.scontrol", lambda *_: ("JobState=RUNNING PreemptTime=None", None))
+    run = begun(tmp_path, step=50, reached=57)
+    for step, is_queued in ((50, True), (50, False), (57, True)):
+        run.event("interrupted", {"step": step, "signal": "SIGTERM"})
+        assert decide(run, JOB, 137) == is_queued
+        run.event("resume", {"step": 50})
+
+
 def test_a_failure_goes_on_where_it_got_further_and_not_where_it_did_not(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", step=0, reached=3)
     assert decide(run, JOB, 137)

@@ -116,8 +116,8 @@ def _weigh(events: list[dict[str, Any]], job: Job, code: int, reached: int) -> t
         return reason, "the job was cancelled"
     if job.num_restarts >= job.max_requeues:
         return reason, f"the job was started again {job.num_restarts} times: launch.max_requeues={job.max_requeues}"
-    got_nowhere = reached <= _begun(events)
-    if asked and not (got_nowhere and reason == "SIGTERM" and _is_left_alone(told)):
+    has_saved = bool(asked) and asked[-1]["step"] > _begun(events)
+    if has_saved or (asked and not (reason == "SIGTERM" and _is_left_alone(told))):
         return reason, ""
     if code == _USERS_MISTAKE:
         return reason, "another start would meet the same mistake"
