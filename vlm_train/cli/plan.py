@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -121,24 +122,35 @@ def _plans(
 
 def _all(arguments: Arguments, nums_gpus: list[int] | None, file: Path | None) -> int:
     """One line for each experiment, and why one cannot be planned."""
-    from vlm_train.cli.plan_page import HEADER, assumptions, summary
+    from vlm_train.cli.plan_page import HEADER, assumptions
+    from vlm_train.data.parallel import map_in_processes
 
     machine, tokens = machine_of(arguments), arguments.optional("tokens", count())
+    names = groups()["experiment"]
+    brief = functools.partial(
+        _brief, words=arguments.overrides, machine=machine, nums_gpus=nums_gpus and nums_gpus[:1], tokens=tokens
+    )
     told: dict[str, Any] = {}
-    print(HEADER)
-    for name in groups()["experiment"]:
-        try:
-            words = [f"experiment={name}", *arguments.overrides]
-            plans = _plans(words, machine, nums_gpus and nums_gpus[:1], tokens, briefly=True)
-        except VlmError as error:
-            told[name] = {"cannot be planned": error.what}
-            print(f"{name:22} cannot be planned: {error.what.splitlines()[0]}", flush=True)
-        else:
-            told[name] = [asdict(plan) for plan in plans]
-            print(summary(name, plans), flush=True)
+    print(HEADER, flush=True)
+    for name, (line, content) in zip(names, map_in_processes(brief, names, chunk_size=1), strict=True):
+        told[name] = content
+        print(line, flush=True)
     print("\n".join(["", *assumptions(machine)]))
     _write(file, told)
     return 0
+
+
+def _brief(
+    name: str, words: list[str], machine: Machine, nums_gpus: list[int] | None, tokens: int | None
+) -> tuple[str, Any]:
+    """(line, what --json tells) of an experiment."""
+    from vlm_train.cli.plan_page import summary
+
+    try:
+        plans = _plans([f"experiment={name}", *words], machine, nums_gpus, tokens, briefly=True)
+    except VlmError as error:
+        return f"{name:22} cannot be planned: {error.what.splitlines()[0]}", {"cannot be planned": error.what}
+    return summary(name, plans), [asdict(plan) for plan in plans]
 
 
 def _write(file: Path | None, content: Any) -> None:
