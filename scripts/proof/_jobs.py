@@ -55,8 +55,11 @@ class Job:
                 assert not ended and asked < deadline, f"{what}: {self.state()}\n{self.log()[-6000:]}"
 
     def hurry(self) -> None:
-        """Takes from a job that was queued again the two minutes that SLURM makes it wait."""
-        if "Reason=BeginTime" in _clusters.told("scontrol", "--oneliner", "show", "job", self.number):
+        """Takes from a job that was queued again the two minutes that SLURM makes it wait; not while the processes of
+        its last start are there, whose end SLURM would take for that of the next."""
+        told = _clusters.told("scontrol", "--oneliner", "show", "job", self.number)
+        number = re.search(r"\bJobId=(\d+)", told)
+        if number and "Reason=BeginTime" in told and not _has_steps(number[1]):
             _clusters.told("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def hold(self, step: int) -> None:
@@ -90,6 +93,12 @@ class Job:
             if "vlm_train.cli.rank" in words and str(self.run) in words and "srun" not in words[0]:
                 found[_rank_of(process)] = process
         return {rank: process for rank, process in found.items() if rank is not None}
+
+
+def _has_steps(job: str) -> bool:
+    """Whether the system runs a step of a job, its script among them."""
+    names = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return any(name.startswith(f"slurmstepd: [{job}.") for name in names)
 
 
 def _rank_of(process: psutil.Process) -> int | None:
