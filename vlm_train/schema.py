@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vlm_train.checks.config import check_values
 from vlm_train.errors import ConfigError, nearest
@@ -39,7 +41,7 @@ class TrainerConfig:
 
     max_steps: int = MISSING
     global_batch: int = MISSING
-    micro_batch: int | None = None  # samples one rank runs forward at once; null: its whole share
+    micro_batch: int | str | None = None  # samples a rank runs forward at once; null: its share; auto: what fits
     micro_tokens: int | None = None  # and at most so many tokens of dialogues, those of their images included
     micro_images: int | None = None  # and at most so many images of dialogues, each tile one
     devices: int = 1
@@ -192,38 +194,27 @@ class Config:
 
 WHOLE = "the model"  # where parts are named: all of it
 MACHINE_KEYS = (
-    "run",
-    "strategy",
-    "compile",
-    "attention",
-    "checkpoint",
-    "evaluation",
-    "logger",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.micro_batch",
-    "trainer.micro_tokens",
-    "trainer.micro_images",
-    "trainer.accelerator",
-    "trainer.deterministic",
-    "trainer.num_threads",
-    "trainer.hang_seconds",
-    "spikes.max_rewinds",
-    "data.num_workers",
-    "data.max_error_rate",
-    "data.cache_gb",
-    "data.retry_seconds",
-    "data.val",
-    "data.classes",
-)
+    "run", "strategy", "compile", "attention", "checkpoint", "evaluation", "logger", "trainer.devices",
+    "trainer.num_nodes", "trainer.micro_batch", "trainer.micro_tokens", "trainer.micro_images",
+    "trainer.accelerator", "trainer.deterministic", "trainer.num_threads", "trainer.hang_seconds",
+    "spikes.max_rewinds", "data.num_workers", "data.max_error_rate", "data.cache_gb", "data.retry_seconds",
+    "data.val", "data.classes",
+)  # fmt: skip
 
 
 def read_config(run: Path) -> DictConfig:
-    """The resolved config of the run in a folder. Raises ConfigError where there is none."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run: it has no config.yaml", remedy="run=runs/<experiment>/latest")
-    config = OmegaConf.load(run / "config.yaml")
-    assert isinstance(config, DictConfig)
+    """The resolved config of the run in a folder. Raises ConfigError where there is none, or nobody can read it."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is no run: it has no config.yaml", remedy="name a run: runs/<experiment>/latest")
+    try:
+        config, why = OmegaConf.load(file), "it holds no keys"
+        OmegaConf.resolve(config)
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        config, why = None, str(error)
+    if not isinstance(config, DictConfig) or not config:
+        raise ConfigError(f"{file} is damaged", got=why, allowed="the config as vlm-train wrote it",
+                          remedy="restore it from a copy of the run")  # fmt: skip
     return config
 
 

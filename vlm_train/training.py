@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,29 @@ from vlm_train.data.gallery import ShardGallery
 from vlm_train.data.pipeline import TrainLoader
 from vlm_train.data.tokenizer import load_tokenizer
 from vlm_train.distributed import collectives
-from vlm_train.engine import checkpoints, sharding, wandb
+from vlm_train.engine import checkpoints, rehearsal, sharding, wandb
 from vlm_train.engine.callbacks.checkpoint import Checkpoint
 from vlm_train.engine.callbacks.clock import Border, Clock
 from vlm_train.engine.callbacks.data_errors import DataErrors
 from vlm_train.engine.callbacks.evaluate import Evaluate
+from vlm_train.engine.callbacks.micro_batch import MicroBatch
 from vlm_train.engine.callbacks.pictures import Pictures
 from vlm_train.engine.callbacks.recorder import Recorder, StepEnd
 from vlm_train.engine.callbacks.spikes import Spikes
 from vlm_train.engine.copies import Copies, Store
 from vlm_train.engine.evaluation import EvaluationSuite
 from vlm_train.engine.ledger import Ledger, kept
-from vlm_train.engine.micro_batches import Budgets
+from vlm_train.engine.micro_batches import AUTO, Budgets, even_sizes
 from vlm_train.engine.module import TrainingModule, Transforms
 from vlm_train.engine.report import write_report
 from vlm_train.engine.rewinds import Spike, go_back, jumps_of
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.engine.saving import Saver
 from vlm_train.engine.steps import StepPlan
+from vlm_train.engine.stops import Interrupted
 from vlm_train.engine.trainer import lightning_trainer, set_up_torch
 from vlm_train.engine.watchdog import watched
+from vlm_train.errors import VlmError
 from vlm_train.locations import in_texts, scrubbed
 from vlm_train.log import get_logger
 from vlm_train.models.feature_store import FeatureStore, reason_against
@@ -55,9 +61,14 @@ def train(directory: Path, checkpoint: Path | None) -> None:
         deterministic=config.trainer.deterministic,
         num_threads=config.trainer.num_threads,
     )
-    with kept(run, placement.rank) as ledger, watched(run, config, placement.world_size):
+    with (
+        _failure_recorded(run, placement.rank),
+        kept(run, placement.rank) as ledger,
+        watched(run, config, placement.world_size),
+    ):
         taken, rules = run.rewinds(), config.spikes
-        while (spike := _fit(config, run, placement, checkpoint, jumps_of(taken), ledger)) is not None:
+        first = _micro_batch(config, run, placement, ledger)
+        while (spike := _fit(config, run, placement, checkpoint, jumps_of(taken), ledger, first)) is not None:
             ledger.switch("replay")  # until the spike is reached again
             gc.collect()  # trainer and model know each other; two models at once may not fit
             row, checkpoint = go_back(run, spike, taken, rewind_steps=rules.rewind_steps, max_rewinds=rules.max_rewinds)
@@ -70,10 +81,41 @@ def train(directory: Path, checkpoint: Path | None) -> None:
                 wandb.replay(run, _wandb(config, run))
 
 
+@contextmanager
+def _failure_recorded(run: RunDirectory, rank: int) -> Iterator[None]:
+    """An error that ends the run is an event of it, `failed`; a run that was asked to stop has not failed."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if rank == 0:
+            what = error.what if isinstance(error, VlmError) else f"{type(error).__name__}: {error}"
+            with suppress(VlmError):  # the disk may be full, of which the error tells
+                run.event("failed", {"step": run.last_step(), "error": scrubbed(what.splitlines()[0][:500])})
+        raise
+
+
+def _micro_batch(config: Any, run: RunDirectory, placement: Placement, ledger: Ledger) -> list[lightning.Callback]:
+    """What sets the micro-batch before the first step, where the config leaves that to the machine."""
+    if config.trainer.micro_batch != AUTO:
+        return []
+    sizes = even_sizes(config.trainer.global_batch, placement.world_size)
+    command = [sys.executable, "-m", "vlm_train.cli.rehearse", str(run.path)]
+    alive = lambda: ledger.switch("startup")  # noqa: E731
+    return [MicroBatch(run, rehearsal.answer(run, config, sizes, placement.world_size, command, alive))]
+
+
 def _fit(
-    config: Any, run: RunDirectory, placement: Placement, checkpoint: Path | None, jumps: Jumps, ledger: Ledger
+    config: Any,
+    run: RunDirectory,
+    placement: Placement,
+    checkpoint: Path | None,
+    jumps: Jumps,
+    ledger: Ledger,
+    first: list[lightning.Callback],
 ) -> Spike | None:
-    """From `checkpoint` to the last step, or to a spike, which is returned."""
+    """From `checkpoint` to the last step, or to a spike, which is returned. `first`: callbacks before all others."""
     with_values = sharding.is_built_by(placement.rank, config.strategy.name)
     parts = build.network(config, load_tokenizer(str(run.tokenizer)), with_values=with_values)
     if checkpoint is None:
@@ -85,8 +127,8 @@ def _fit(
     keep_features(parts)
     is_mirrored = config.logger.name == "wandb" and config.logger.mode == "online" and placement.rank == 0
     sinks = [wandb.WandbSink(run, _wandb(config, run))] if is_mirrored else []
-    trains_a_part = not parts.objective.requires.issuperset(parts.model.outputs)  # type: ignore[arg-type]
-    trainer = make_trainer(config, callbacks(parts, run, loader, suite, sinks, ledger), trains_a_part=trains_a_part)
+    others = callbacks(parts, run, loader, suite, sinks, ledger)
+    trainer = make_trainer(config, [*first, *others], trains_a_part=trains_a_part(parts))
     spike = None
     if checkpoint is None or checkpoints.step_of(checkpoint) < config.trainer.max_steps:
         path = str(checkpoint / checkpoints.STATE) if checkpoint else None
@@ -206,6 +248,11 @@ def _saver(config: Any, run: RunDirectory, keep: int) -> Saver:
     stay: dict[str, Any] = {"run": run, "keep": keep, "keep_every_steps": settings.keep_every_steps}
     copies = Copies(store=Store(settings.copy_to, config.run.id), **stay) if settings.copy_to else None
     return Saver(asynchronous=settings.asynchronous, copies=copies, **stay)
+
+
+def trains_a_part(parts: Parts) -> bool:
+    """Whether the objective leaves some of what the model returns unread."""
+    return not parts.objective.requires.issuperset(parts.model.outputs)  # type: ignore[arg-type]
 
 
 def make_trainer(config: Any, callbacks: list[lightning.Callback], *, trains_a_part: bool = False) -> lightning.Trainer:

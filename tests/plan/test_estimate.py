@@ -42,13 +42,18 @@ def test_time_is_flops_over_what_gpus_do() -> None:
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
-    whole = planner("trainer.global_batch=256").setting(1)
+    words = ["trainer.global_batch=256", "trainer.micro_batch=auto"]
+    whole = planner(*words).setting(1)
     assert (whole.micro_batch, whole.fits) == (256, True)
-    tight = planner("trainer.global_batch=256", machine=with_memory(0.4 * whole.memory)).setting(1)
+    plan = planner(*words, machine=with_memory(0.4 * whole.memory)).plan("small", [1])
+    tight = plan.settings[0]
     assert tight.fits and 8 < tight.micro_batch < 256
+    assert plan.advice[0] == f"trainer.micro_batch=auto will find about {tight.micro_batch}"
     larger = planner("trainer.global_batch=256", f"trainer.micro_batch={2 * tight.micro_batch}",
                      machine=with_memory(0.4 * whole.memory)).setting(1)  # fmt: skip
     assert not larger.fits  # the twin
+    share = planner("trainer.global_batch=256", "trainer.micro_batch=null", machine=with_memory(0.4 * whole.memory))
+    assert (share.setting(1).micro_batch, share.setting(1).fits) == (256, False)
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:

@@ -23,7 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
     "trainer.max_steps": (1, MANY),
     "trainer.global_batch": (1, MANY),
-    "trainer.micro_batch": (1, MANY),
+    "trainer.micro_batch": (1, MANY),  # or auto
     "trainer.micro_tokens": (1, MANY),
     "trainer.micro_images": (1, MANY),
     **dict.fromkeys(("trainer.devices", "trainer.num_nodes", "trainer.num_threads"), (1, 1024)),
@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "evaluation.every_steps": (0, MANY),
     "evaluation.batch_size": (1, MANY),
 }
+_AUTO = "trainer.micro_batch", "auto"  # the word that one of them takes beside numbers
 _CHOICES = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "data.epoch_end": EPOCH_ENDS,
@@ -66,8 +67,9 @@ def check_values(config: Mapping[str, Any]) -> None:
     """Refuses what cannot run. Raises ConfigError."""
     for key, (low, high) in _RANGES.items():
         value = _at(config, key)
-        holds = value is None or (is_number(value) and low <= value <= high)
-        require(holds, f"{key} is out of range", got=value, allowed=f"{low} to {high}",
+        holds = value is None or (is_number(value) and low <= value <= high) or (key, value) == _AUTO
+        words = ", or auto" if key == _AUTO[0] else ""
+        require(holds, f"{key} is out of range", got=value, allowed=f"{low} to {high}{words}",
                 remedy=f"vlm-train configs search {key}")  # fmt: skip
     for key, allowed in _CHOICES.items():
         word = key.removesuffix(".name")  # the group of the same name has a choice for each
@@ -179,11 +181,16 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
             got=f"trainer.global_batch={global_batch} for trainer.devices={devices} trainer.num_nodes={num_nodes}",
             allowed=f">= {world_size}", remedy=f"trainer.global_batch={world_size}")  # fmt: skip
     smallest, largest = global_batch // world_size, -(-global_batch // world_size)
-    num_micro_batches = -(-largest // (trainer["micro_batch"] or largest))
+    is_auto = trainer["micro_batch"] == _AUTO[1]  # which takes no such size
+    num_micro_batches = 1 if is_auto else -(-largest // (trainer["micro_batch"] or largest))
     require(num_micro_batches <= smallest, "a rank would run an empty micro-batch",
             got=f"{num_micro_batches} micro-batches for {smallest} samples on a rank: trainer.devices={devices} "
             f"trainer.global_batch={global_batch} trainer.micro_batch={trainer['micro_batch']}",
             allowed=f"at most {smallest}", remedy="a larger trainer.micro_batch, or null")  # fmt: skip
+    bounds = [f"trainer.{key}={trainer[key]}" for key in ("micro_tokens", "micro_images") if trainer[key] is not None]
+    require(not (is_auto and bounds), "trainer.micro_batch=auto makes room for the longest dialogues, and another key "
+            "bounds micro-batches by what dialogues hold", got=f"trainer.micro_batch=auto {' '.join(bounds)}",
+            allowed="one or the other", remedy="trainer.micro_batch=null, or leave out the others")  # fmt: skip
     require(not (config["precision"]["name"] == "fp16" and trainer["accelerator"] == "cpu"), "fp16 needs a GPU",
             got="precision.name=fp16 trainer.accelerator=cpu", allowed="fp32, bf16, fp64 on CPU",
             remedy="precision=bf16")  # fmt: skip

@@ -22,6 +22,12 @@ from vlm_train.types import Batch, BatchRows, DialogueSpec
 
 Rows = Sequence[int]
 
+AUTO = "auto"
+"""As `trainer.micro_batch`: the largest that fits, see `rehearsal.py`."""
+
+_SPLITS = sorted({*(2**power for power in range(21)), *(3 * 2**power for power in range(19))})
+"""Numbers of micro-batches that are tried where they are to be chosen."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
@@ -38,8 +44,9 @@ class Budgets:
 
     @classmethod
     def of(cls, trainer: Any) -> Budgets:
-        """As `schema.TrainerConfig` says."""
-        return cls(samples=trainer.micro_batch, tokens=trainer.micro_tokens, images=trainer.micro_images)
+        """As `schema.TrainerConfig` says; without a bound while it is not known yet."""
+        samples = None if trainer.micro_batch == AUTO else trainer.micro_batch
+        return cls(samples=samples, tokens=trainer.micro_tokens, images=trainer.micro_images)
 
     def check_objective(self, objective: Objective) -> None:
         """Raises ConfigError where an objective that does not read dialogues is given their budgets."""
@@ -65,6 +72,14 @@ class Budgets:
                     allowed=f"at least {least}, what one dialogue of this model may take",
                     remedy=f"trainer.{name}={least}, or null",
                 )
+
+
+def even_sizes(global_batch: int, num_ranks: int) -> list[int]:
+    """Numbers of samples that cut the shares of all ranks evenly, descending; the first is the largest share. None
+    leaves a rank with an empty micro-batch."""
+    smallest, largest = global_batch // num_ranks, -(-global_batch // num_ranks)
+    splits = [split for split in _SPLITS if split < smallest] + [smallest]
+    return sorted({-(-largest // split) for split in splits}, reverse=True)
 
 
 def pack(sizes_NB: NDArray[np.float64], num_groups: int = 0) -> list[list[int]]:

@@ -18,6 +18,7 @@ from torch.distributed._composable import checkpoint
 from vlm_train import imaging
 from vlm_train.engine import sharding
 from vlm_train.engine.ledger import Ledger
+from vlm_train.engine.norms import Learning
 from vlm_train.engine.optim import AdamW
 from vlm_train.engine.schedule import Schedule
 from vlm_train.engine.steps import GradientStep, StepPlan
@@ -84,6 +85,7 @@ class TrainingModule(lightning.LightningModule):
         self.gradient_step = GradientStep(model=model, objective=objective, plan=plan)  # type: ignore[arg-type]
         self.transforms: Transforms | None = transforms
         self.ledger = ledger if ledger is not None else Ledger()
+        self._learning: Learning | None = None
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -120,7 +122,8 @@ class TrainingModule(lightning.LightningModule):
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One optimizer step. Returns `row`, python numbers: loss, lr, grad_norm and the objective's metrics."""
+        """One optimizer step. Returns `row`, python numbers: loss, lr, the objective's metrics, and norms of gradients
+        (before they are clipped) and weights (behind the step), of all that learns and by part."""
         step = batch["step"]
         self.ledger.at(step + 1)
         self.ledger.switch("compute")
@@ -133,18 +136,21 @@ class TrainingModule(lightning.LightningModule):
         if self.device_mesh is not None:
             sharding.average_unsharded(self.objective.parameters())
         self.ledger.switch("optimizer")
-        grad_norm = self._clip(optimizer)
+        grad_norm, grad_norms = self._clip(optimizer)
         optimizer.step()
         self.objective.after_step()
         self._average()
+        param_norms = self._learns(optimizer).of_parameters()
         self.ledger.switch("compute")
         row = {
             "loss": loss,
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "grad_norm": grad_norm,
             **metrics,
+            **param_norms,
+            **grad_norms,
         }
-        numbers = {name: float(value) for name, value in row.items()}  # waits for a GPU to be through with the step
+        numbers = _numbers(row)  # waits for a GPU to be through with the step
         self.ledger.switch("overhead")
         return {"row": numbers}  # a tensor named loss would be Lightning's
 
@@ -158,16 +164,21 @@ class TrainingModule(lightning.LightningModule):
             with wrapper.no_sync():
                 self.manual_backward(scalar)
 
-    def _clip(self, optimizer: Any) -> Tensor:
+    def _learns(self, optimizer: Any) -> Learning:
+        if self._learning is None:
+            self._learning = Learning(optimizer.param_groups)
+        return self._learning
+
+    def _clip(self, optimizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = sharding.total_norm([p.grad for p in parameters if p.grad is not None])
+        learning = self._learns(optimizer)
+        norm, by_part = learning.of_gradients()
         if self.optim.grad_clip is not None:
-            for part in sharding.parted(parameters):
+            for part in sharding.parted([p for p in learning.parameters if p.grad is not None]):
                 torch.nn.utils.clip_grads_with_norm_(part, self.optim.grad_clip, norm)
-        return norm
+        return norm, by_part
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -179,6 +190,13 @@ class TrainingModule(lightning.LightningModule):
         torch._foreach_lerp_(sharding.local(averages), sharding.local(weights), 1 - self.optim.ema_decay)
         for average, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Python's numbers of a row, by one copy from the device."""
+    tensors = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+    numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
+    return {**row, **dict(zip(tensors, numbers, strict=True))}
 
 
 class _LearningView(nn.Module):

@@ -27,9 +27,9 @@ Rows = list[dict[str, Any]]
 
 _PLACE_COLUMNS = ("step", "samples")
 _TITLES = {
-    "lr": "Learning rate", "grad_norm": "Gradient norm", "logit_scale": "Scale (1 / temperature)",
-    "logit_bias": "Bias", "samples_per_second": "Samples per second", "data_wait": "Waiting for data",
-    "mfu": "Model FLOP utilisation",
+    "lr": "Learning rate", "grad_norm": "Gradient norm", "param_norm": "Weight norm",
+    "logit_scale": "Scale (1 / temperature)", "logit_bias": "Bias",
+    "samples_per_second": "Samples per second", "data_wait": "Waiting for data", "mfu": "Model FLOP utilisation",
 }  # fmt: skip
 _SHARES = ("data_wait", "mfu")
 _ALT = {
@@ -50,7 +50,7 @@ def write_report(run: RunDirectory) -> None:
 def render_report(run: RunDirectory) -> str:
     """The document."""
     config = in_texts(scrubbed, yaml.safe_load(run.config.read_text(encoding="utf-8")))
-    events, metrics = list(read_lines(run.events)), list(read_lines(run.metrics))
+    events, metrics = list(read_lines(run.events, "event")), list(read_lines(run.metrics, "step"))
     history = _history(run)
     media = run.media
     body = [
@@ -101,6 +101,9 @@ def _facts(config: Mapping[str, Any], events: Rows, machine: Mapping[str, Any]) 
     yield "Groups", "{size} neighbours on {walk}".format_map(data["groups"]) if data.get("groups") else ""
     yield "Steps", f"{trainer['max_steps']:,} of {trainer['global_batch']:,} samples"
     peak = f"peak rate {number(config['optim']['lr'])}"
+    for found in [event for event in events if event["event"] == "micro_batch"][-1:]:
+        share = -(-trainer["global_batch"] // found["ranks"])
+        yield "Micro-batch", f"{found['micro_batch']:,} of {share:,} samples of a rank at once"
     yield "Optimiser", f"{_class(config['optim'])}, {peak}, {_class(config['schedule'])}"
     yield "Precision", str(config["precision"]["name"])
     yield "Machine", "{num_ranks} x {device}, {num_cores} cores".format_map(machine) if machine else ""
@@ -145,12 +148,15 @@ def _training_charts(metrics: Rows, restarts: list[tuple[float, str]]) -> str:
         return ""
     columns = [name for name in dict.fromkeys(key for row in metrics for key in row) if name not in _PLACE_COLUMNS]
     accuracies = [name for name in columns if name.startswith("accuracy")]
-    order = ["loss", "lr", "grad_norm", "logit_scale"]
+    order = ["loss", "lr", "grad_norm", "param_norm", "logit_scale"]
     known = [name for name in order if name in columns]
-    rest = [name for name in columns if name not in known and name not in accuracies and name not in _TITLES]
+    by_part = {norm: [name for name in columns if name.startswith(f"{norm}/")] for norm in ("grad_norm", "param_norm")}
+    grouped = {*known, *accuracies, *(name for names in by_part.values() for name in names), *_TITLES}
+    rest = [name for name in columns if name not in grouped]
     machine = [name for name in _TITLES if name in columns and name not in known]
     big = _chart("Loss", metrics, ["loss"], restarts).html()
     groups = [(_TITLES.get(name, name.replace("_", " ").capitalize()), [name]) for name in known[1:]]
+    groups += [(f"{_TITLES[norm]} by part", names) for norm, names in by_part.items() if names]
     groups += [("Accuracy within the batch", accuracies)] if accuracies else []
     groups += [(_TITLES.get(name, name.replace("_", " ").capitalize()), [name]) for name in [*rest, *machine]]
     charts = "".join(_chart(title, metrics, names, restarts).html() for title, names in groups)
@@ -162,15 +168,15 @@ def _chart(title: str, metrics: Rows, names: list[str], restarts: list[tuple[flo
     steps = [row["step"] for row in metrics]
     series = [
         Series(
-            name=name.removeprefix("accuracy_").replace("_", " ") if len(names) > 1 else "last",
+            name=name.rpartition("/")[2].removeprefix("accuracy_").replace("_", " ") if len(names) > 1 else "last",
             steps=steps,
             values=[row.get(name) for row in metrics],
         )
         for name in names
     ]
-    is_share = names[0] in _SHARES
+    is_share = names[0] in _SHARES or (len(names) > 1 and names[0].startswith("accuracy"))
     return Chart(
-        title=title, series=series, markers=restarts, form=share if is_share or len(names) > 1 else number,
+        title=title, series=series, markers=restarts, form=share if is_share else number,
         from_zero=names[0] != "loss",
     )  # fmt: skip
 

@@ -102,8 +102,14 @@ def parted(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [part for part in parts if part]
 
 
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, scalar, equal on every rank."""
-    norms = [torch.nn.utils.get_total_norm(part) for part in parted(gradients)]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each of n tensors, [n], equal on every rank. Collective where one of them is sharded: one exchange
+    of n numbers."""
+    found = torch.stack(list(torch._foreach_norm(local(tensors))))
+    sharded = [isinstance(tensor, DTensor) for tensor in tensors]
+    if not any(sharded):
+        return found
+    squares = found.double().square()
+    is_sharded = torch.tensor(sharded, device=found.device)
+    return torch.where(is_sharded, collectives.all_reduce_sum(squares), squares).sqrt().to(found.dtype)

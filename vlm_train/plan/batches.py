@@ -1,16 +1,32 @@
-"""The batch that a plan runs: as the loader hands it over, with texts of one length and images of nothing."""
+"""A batch as the loader hands it over, with texts of one length and images of nothing: what a plan runs, and what is
+rehearsed before a run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vlm_train.errors import ConfigError
-from vlm_train.plan.shapes import Shapes
 from vlm_train.types import IMAGE_ID, MODALITIES, NO_LABEL, Batch
+
+
+class Maker(Protocol):
+    """Makes what is no whole number: `shapes.Shapes` or `Zeros`."""
+
+    def of_bytes(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors of these shapes and types."""
+
+
+class Zeros:
+    """Makes real tensors."""
+
+    def of_bytes(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Black pictures, silence."""
+        return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +56,17 @@ def sample_of(model: Any, tokens: int | None, hard: int) -> Sample:
     return Sample(tokens=tokens or longest, hard=hard)
 
 
-def make_batch(shapes: Shapes, parts: Any, sample: Sample, num_rows: int) -> Batch:
-    """A batch of `num_rows` equal samples; whole numbers are real, all else are shapes."""
+def largest_sample(model: Any, hard: int) -> Sample:
+    """One that takes as much memory as any may: the longest text, and as many images as a dialogue has room for."""
+    sample = sample_of(model, None, hard)
+    if sample.images is None:
+        return sample
+    room = (sample.tokens - 2) // model.tokens_per_image
+    return Sample(tokens=sample.tokens, images=max(1, min(model.dialogue.num_places, room)))
+
+
+def make_batch(maker: Maker, parts: Any, sample: Sample, num_rows: int) -> Batch:
+    """A batch of `num_rows` equal samples; whole numbers are real, all else is what `maker` makes."""
     model = parts.model
     fields = _dialogue(model, sample, num_rows) if sample.images is not None else _pair(sample, num_rows)
     side, images = model.image_spec.size, {} if sample.images is None else {"I": sample.images}
@@ -49,7 +74,7 @@ def make_batch(shapes: Shapes, parts: Any, sample: Sample, num_rows: int) -> Bat
     for modality in model.modalities:
         whole = modality.name == "regions"
         described[modality.name] = ((num_rows, *modality.shape), torch.int64 if whole else torch.float32)
-    fields |= shapes.of_bytes(described)
+    fields |= maker.of_bytes(described)
     fields["there"] = torch.ones(num_rows, len(MODALITIES), dtype=torch.bool)
     fields["draws"] = torch.zeros(num_rows, dtype=torch.int64)
     fields["contents"] = torch.arange(2 * num_rows).view(num_rows, 2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm_train.engine.micro_batches import AUTO, even_sizes
 from vlm_train.errors import ConfigError
 from vlm_train.plan.batches import Sample
 from vlm_train.plan.compute import Part, Work, parts_of, work_of
@@ -15,9 +16,6 @@ from vlm_train.plan.dry import Activations, DryRun, bytes_of, tensors_of
 from vlm_train.plan.hardware import Gpu
 from vlm_train.plan.memory import Holdings, checkpoint_bytes, holdings
 from vlm_train.schema import plain
-
-_SPLITS = sorted({*(2**power for power in range(21)), *(3 * 2**power for power in range(19))})
-"""Numbers of micro-batches that are tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +132,14 @@ class Planner:
         return checkpoint_bytes(self.dry)
 
     def setting(self, num_gpus: int) -> Setting:
-        """As the config says; where it leaves the micro-batch open, the largest that fits, or the smallest there is."""
+        """As the config says; with trainer.micro_batch=auto the largest that fits, or the smallest there is."""
         strategy = self.config.strategy.name
         strategy = "ddp" if strategy == "single" and num_gpus > 1 else strategy
         recompute = bool(self.config.strategy.recompute)
-        if self.config.trainer.micro_batch is not None:
-            return self._measured(num_gpus, strategy, self.config.trainer.micro_batch, recompute)
-        return self._largest(num_gpus, strategy, recompute)
+        micro_batch, share = self.config.trainer.micro_batch, -(-self.config.trainer.global_batch // num_gpus)
+        if micro_batch == AUTO:
+            return self._largest(num_gpus, strategy, recompute)
+        return self._measured(num_gpus, strategy, micro_batch or share, recompute)
 
     def cost(self, setting: Setting) -> Cost:
         """Time and money of a setting."""
@@ -161,9 +160,7 @@ class Planner:
 
     def _largest(self, num_gpus: int, strategy: str, recompute: bool) -> Setting:
         """With the largest micro-batch that fits, measured; the smallest where none does."""
-        share = -(-self.config.trainer.global_batch // num_gpus)
-        splits = [split for split in _SPLITS if split < share] + [share]
-        sizes = sorted({-(-share // split) for split in splits}, reverse=True)
+        sizes = even_sizes(self.config.trainer.global_batch, num_gpus)
         fitting = [size for size in sizes if self._expected(num_gpus, strategy, size, recompute).fits] or sizes[-1:]
         for size in fitting:
             setting = self._measured(num_gpus, strategy, size, recompute)
@@ -244,7 +241,8 @@ class Planner:
         return [f"does not fit {setting.num_gpus} x {self.machine.gpu.name}: take more of them, or larger ones"]
 
     def _faster(self, setting: Setting) -> list[str]:
-        advice = []
+        is_auto = self.config.trainer.micro_batch == AUTO
+        advice = [f"trainer.micro_batch=auto will find about {setting.micro_batch}"] if is_auto else []
         if self.config.strategy.name == "single" and setting.num_gpus > 1:
             advice.append("strategy=ddp, since single runs one rank")
         if self.config.precision.name in ("fp32", "fp64"):
