@@ -24,6 +24,7 @@ from vlm_train.cli import (
     plan,
     predict,
     submit,
+    sweep_words,
     sync,
     watch,
 )  # fmt: skip
@@ -115,7 +116,7 @@ def accepts(words: list[str]) -> None:
     if verb not in VERBS:
         raise ConfigError("no such verb", got=verb)
     readers: dict[str, Callable[[], Any]] = {
-        "train": lambda: compose_config(rest),
+        "train": lambda: compose_config(sweep_words.split_sweep(rest)[0]),
         "data": lambda: data.main(rest),
         "configs": lambda: configs.main(rest),
         "predict": lambda: parse(rest, predict.KEYS, verb=verb, repeatable=("text",)),

@@ -46,10 +46,15 @@ def alternatives(word: str) -> list[str]:
         ConfigError: it is no such word.
     """
     found = _parsed(word)
-    if found is None or not found.is_sweep_override():
-        raise ConfigError("a sweep has one value", got=said(word), allowed="KEY=A,B,C, or KEY=range(0,5)",
+    try:
+        values = [] if found is None or found.is_delete() else list(found.sweep_string_iterator())
+    except HydraException:  # one value, or a sweep that cannot be counted
+        values = []
+    if len(set(values)) < max(len(values), 2):
+        raise ConfigError("a sweep has several values, each once", got=said(word),
+                          allowed="KEY=A,B,C, or KEY=range(0,5)",
                           remedy="seed=0,1,2; for one value leave out --sweep")  # fmt: skip
-    words = [f"{found.key_or_group}={value}" for value in found.sweep_string_iterator()]
+    words = [f"{word.partition('=')[0]}={value}" for value in values]
     for each in words:
         read(each)
     return words

@@ -7,7 +7,6 @@ the runs are folders of one that holds them, and tasks of one array.
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 import shutil
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING
 
 from vlm_train.cli.options import taken
 from vlm_train.cli.paths import PACKAGE, conf_dir, slurm_dir
+from vlm_train.cli.quantities import many
+from vlm_train.cli.slurm_time import seconds_of
+from vlm_train.cli.sweep_words import OPTIONS
 from vlm_train.errors import ConfigError, VlmError, nearest
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
+    from vlm_train.cli.planned import PlannedRun
     from vlm_train.cli.slurm_config import LaunchConfig
-    from vlm_train.cli.stages import Stages
 
 USAGE = """usage: vlm-train submit [words of train] [launch.KEY=VALUE] [--sweep KEY=A,B,C] [--watch]
 
@@ -56,6 +56,7 @@ def main(words: list[str]) -> int:
     from vlm_train.cli import slurm_watch
     from vlm_train.cli.overrides import split_config_dir
     from vlm_train.cli.slurm_config import compose_launch, is_of_launch
+    from vlm_train.cli.submit_plan import plan_lines
 
     rest, sweeps, watches = split_options(words)
     _, extra = split_config_dir(rest)
@@ -66,8 +67,8 @@ def main(words: list[str]) -> int:
         raise ConfigError("--watch shows the log of one job", got="--sweep" if sweeps else "a job that is not sent",
                           allowed="one run, where sbatch is", remedy="leave out --watch")  # fmt: skip
     runs = _runs(train_words, sweeps)
+    print("\n".join([plan_line(runs, launch), *plan_lines(runs[0], launch)]), flush=True)
     folder = _write(runs, launch)
-    print(plan_line(runs, launch))
     job = folder / "job.sbatch"
     if is_dry:
         print(job.read_text(), end="")
@@ -75,22 +76,28 @@ def main(words: list[str]) -> int:
         print(f"next: sbatch {shlex.quote(str(job))}")
         return 0
     number = _send(job)
-    print(f"job {number}: {job}\nnext: squeue --job {number}; tail -F {folder}/*log.txt")
+    print(f"job {number}: {job}\nnext: squeue --job {number}; tail -F {shlex.quote(str(folder))}/*log.txt")
     return slurm_watch.watch(number, folder) if watches else 0
 
 
-def plan_line(runs: Sequence[tuple[DictConfig, Stages, list[str]]], launch: LaunchConfig) -> str:
+def plan_line(runs: Sequence[PlannedRun], launch: LaunchConfig) -> str:
     """What is asked for, in one line."""
-    config = runs[0][0]
-    trainer, several = config.trainer, f"{len(runs)} runs, each " if len(runs) > 1 else ""
-    machines = f"{trainer.num_nodes} x {trainer.devices} ranks for at most {launch.time} at a time"
-    return f"plan: {several}{trainer.max_steps} steps of {trainer.global_batch} samples on {machines}"
+    trainer, several = runs[0].config.trainer, f"{len(runs)} runs, each " if len(runs) > 1 else ""
+    nodes = f"{trainer.num_nodes} x " if trainer.num_nodes > 1 else ""
+    ranks = f"{nodes}{many(trainer.devices, 'rank', 'ranks')}"
+    limit = f"for at most {launch.time} at a time" if seconds_of(str(launch.time)) else "for as long as it takes"
+    steps, samples = many(trainer.max_steps, "step", "steps"), many(trainer.global_batch, "sample", "samples")
+    return f"plan: {several}{steps} of {samples} on {ranks} {limit}"
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """(other words, what is swept over, whether the log is watched)."""
     rest, sweeps = taken(words, "--sweep")
     for word in rest:
+        if word.partition("=")[0] in OPTIONS:
+            raise ConfigError("the runs of an array are known when it is sent, so none is chosen by what others score",
+                              got=word, allowed="--sweep KEY=A,B,C",
+                              remedy="vlm-train train ... with these words, on one machine")  # fmt: skip
         if word.startswith("--") and word != "--watch" and not word.startswith("--config-dir"):
             close = nearest(word, ("--sweep", "--watch", "--config-dir"))
             raise ConfigError("vlm-train submit has no such option", got=word, allowed="--sweep, --watch, --config-dir",
@@ -98,28 +105,24 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     return [word for word in rest if word != "--watch"], sweeps, "--watch" in rest
 
 
-def _runs(words: list[str], sweeps: Sequence[str]) -> list[tuple[DictConfig, Stages, list[str]]]:
-    """(config, configs of its stages, words of train) of every run, each with its name and its place. Raises
-    ConfigError."""
-    from vlm_train.cli.overrides import alternatives
+def _runs(words: list[str], sweeps: Sequence[str]) -> list[PlannedRun]:
+    """Every run, each with its name and its place. Raises ConfigError."""
+    from vlm_train.cli.planned import planned
     from vlm_train.cli.runs import choose_run
-    from vlm_train.cli.train import read_command
+    from vlm_train.cli.sweep_values import grid, read_grid
+    from vlm_train.cli.sweeps import folder_of, place, planned_of
 
-    config, stages = read_command(words)
-    _refuse_checkpoint(config.run.resume)
-    if sweeps:
-        config.run.resume = "never" if config.run.dir is None and config.run.id is None else config.run.resume
-    choose_run(config)
-    config.run.resume = "auto"
     if not sweeps:
-        return [(config, stages, words)]
-    runs = []
-    for number, chosen in enumerate(itertools.product(*map(alternatives, sweeps))):
-        name = f"{number:02}-" + re.sub(r"[^\w.-]+", "-", "-".join(word.split(".")[-1] for word in chosen))[:60]
-        own_words = [*words, *chosen]
-        own, own_stages = read_command(own_words)
-        own.run.dir, own.run.id, own.run.resume = f"{config.run.dir}/{name}", f"{config.run.id}-{name}", "auto"
-        runs.append((own, own_stages, own_words))
+        run = planned(words)
+        _refuse_checkpoint(run.config.run.resume)
+        choose_run(run.config)
+        run.config.run.resume = "auto"
+        return [run]
+    combinations = grid(read_grid(sweeps, words))
+    runs = [planned_of(words, swept) for swept in combinations]
+    folder = folder_of(runs[0].config)
+    for number, (run, swept) in enumerate(zip(runs, combinations, strict=True)):
+        place(run, folder, number, swept)
     _refuse_other_machines(runs)
     return runs
 
@@ -133,33 +136,45 @@ def _refuse_checkpoint(resume: str) -> None:
                           remedy=f"run.resume={Path(resume).parent.parent}")  # fmt: skip
 
 
-def _refuse_other_machines(runs: Sequence[tuple[DictConfig, Stages, list[str]]]) -> None:
+def _refuse_other_machines(runs: Sequence[PlannedRun]) -> None:
     """An array asks for the same machines for all of its tasks."""
     for key in ("num_nodes", "devices", "accelerator"):
-        values = list(dict.fromkeys(config.trainer[key] for config, _, _ in runs))
+        values = list(dict.fromkeys(run.config.trainer[key] for run in runs))
         if len(values) > 1:
             raise ConfigError("runs of one array have the same machines", got=f"trainer.{key}={values}",
                               allowed="one value", remedy="submit them one by one")  # fmt: skip
 
 
-def _write(runs: Sequence[tuple[DictConfig, Stages, list[str]]], launch: LaunchConfig) -> Path:
-    """The folder of a submission with all that its job needs."""
+def _write(runs: Sequence[PlannedRun], launch: LaunchConfig) -> Path:
+    """The folder of a submission with all that its job needs. Raises VlmError."""
     from vlm_train.cli import slurm_job, slurm_script
     from vlm_train.locations import in_texts, scrubbed
 
-    first = Path(runs[0][0].run.dir)
+    first = Path(runs[0].config.run.dir)
     folder = (first if len(runs) == 1 else first.parent).absolute() / "submit" / time.strftime("%Y%m%d-%H%M%S")
     tasks = [folder / slurm_script.TASKS / f"{number:02}" for number in range(len(runs))]
+    text = slurm_script.script(runs[0].config, launch, folder, tasks)
     try:
         folder.mkdir(parents=True)
         _copy_code(folder / slurm_script.CODE)
-        for task, (config, stages, words) in zip(tasks, runs, strict=True):
-            slurm_job.write_task(task, config, stages, in_texts(scrubbed, words))
-        (folder / "job.sbatch").write_text(slurm_script.script(runs[0][0], launch, folder, tasks))
+        for task, run in zip(tasks, runs, strict=True):
+            slurm_job.write_task(task, run.config, run.stages, in_texts(scrubbed, run.words))
+        (folder / "job.sbatch").write_text(text)
+    except FileExistsError as error:
+        raise VlmError("another job was written here in this second", got=folder, allowed="one a second",
+                       remedy="try again") from error  # fmt: skip
     except OSError as error:
-        raise VlmError(f"the job cannot be written: {error.strerror}", got=folder, allowed="a place to write to",
-                       remedy="run.dir=runs/mine, or try again in a second") from error  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+        raise VlmError(f"the job cannot be written: {_why(error)}", got=folder,
+                       allowed="a disk with room that takes files of yours", remedy="run.dir=FOLDER elsewhere",
+        ) from error  # fmt: skip
     return folder
+
+
+def _why(error: OSError) -> str:
+    """The reason; of the many files of a copy, that of the first."""
+    told = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+    return re.sub(r"^\[Errno \d+\] ", "", str(told))
 
 
 def _copy_code(folder: Path) -> None:
@@ -173,8 +188,14 @@ def _copy_code(folder: Path) -> None:
 
 def _send(job: Path) -> str:
     """The number that SLURM gives to the job. Raises VlmError where it refuses."""
+    from vlm_train.doctor.cluster import silence
+
     sent = subprocess.run(["sbatch", "--parsable", str(job)], capture_output=True, text=True)
-    if sent.returncode != 0:
-        raise VlmError("sbatch refused the job", got=sent.stderr.strip(), allowed="what `sinfo` and the site allow",
-                       remedy=f"launch.KEY=VALUE, or change {job} and send it with sbatch")  # fmt: skip
-    return sent.stdout.strip().partition(";")[0]
+    if sent.returncode == 0:
+        return sent.stdout.strip().partition(";")[0]
+    if why := silence():
+        raise VlmError("SLURM is installed, but no controller answers", got=why, allowed="a login node of the cluster",
+                       remedy=f"there: sbatch {shlex.quote(str(job))}")  # fmt: skip
+    told = "; ".join(re.sub("^sbatch: (error: )?", "", line) for line in sent.stderr.strip().splitlines())
+    raise VlmError("sbatch refused the job", got=told, allowed="what `sinfo` and the site allow",
+                   remedy=f"launch.KEY=VALUE, or change {job} and send it with sbatch")  # fmt: skip
