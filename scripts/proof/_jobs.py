@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ class Job:
 
     def hurry(self) -> None:
         """Takes from a job that was queued again the two minutes that SLURM makes it wait; not while the processes of
-        its last start are there, whose end SLURM would take for that of the next."""
+        its last start are there, nor in the second in which they ended: SLURM has revoked what lets it start until then
+        ("Job credential revoked")."""
         told = _clusters.told("scontrol", "--oneliner", "show", "job", self.number)
-        number = re.search(r"\bJobId=(\d+)", told)
-        if number and "Reason=BeginTime" in told and not _has_steps(number[1]):
-            _clusters.told("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        number, start = re.search(r"\bJobId=(\d+)", told), re.search(r" StartTime=(\d\S+)", told)
+        if number is None or start is None or "Reason=BeginTime" not in told:
+            return
+        is_far = datetime.fromisoformat(start[1]) - datetime.now() > timedelta(seconds=10)
+        if is_far and not _has_steps(number[1]):
+            _clusters.told("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
 
     def hold(self, step: int) -> None:
         """Stops its ranks (SIGSTOP) after the step or soon after it, whatever the machine is doing; SLURM continues

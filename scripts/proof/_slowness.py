@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_train.cli.outcome import leave
+
 LATE_SECONDS = 0.1  # a batch, a step
 FLUSH_SECONDS = 0.5
 HANGS_AT = 41  # so late that its watchdog, which looks twice a second, knows how long a step takes
@@ -122,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

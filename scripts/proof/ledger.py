@@ -44,8 +44,7 @@ def prove(folder: Path, num_steps: int) -> list[Row]:
         began = time.time()
         _slowness.call(folder, kind, [*words, f"run.dir={folder / kind}"])
         found[kind] = accounts(folder / kind)
-        # not to the end of the command, which takes its interpreter apart when all has been recorded
-        walls[kind] = (folder / kind / "time.jsonl").stat().st_mtime - began
+        walls[kind] = time.time() - began
     plain = found["none"].seconds
     late = num_steps * _slowness.LATE_SECONDS
     flushed = NUM_CHECKPOINTS * _slowness.FLUSH_SECONDS
@@ -54,7 +53,7 @@ def prove(folder: Path, num_steps: int) -> list[Row]:
     worst = max(booked, key=lambda kind: abs(booked[kind] / walls[kind] - 1))
     return [
         Row(
-            claim="all accounts against the time from command to last record, worst of four runs: share off",
+            claim="all accounts against the time that the command took, worst of four runs: share off",
             value=abs(booked[worst] / walls[worst] - 1),
             bar=0.01,
             sense="<=",
@@ -77,7 +76,8 @@ def prove(folder: Path, num_steps: int) -> list[Row]:
 def hang(folder: Path, words: list[str]) -> list[Row]:
     """A rank that never comes back, and the run in which all do."""
     run = folder / "hang"
-    _slowness.call(folder, "hang", [*words, f"run.dir={run}"], expect=EXIT_HANG)
+    length = f"trainer.max_steps={2 * _slowness.HANGS_AT}"
+    _slowness.call(folder, "hang", [*words, length, f"run.dir={run}"], expect=EXIT_HANG)
     told = events(run, "hang")
     name = f"rank 1 has not reached all_reduce of step {_slowness.HANGS_AT}"
     standing = max(rank["seconds"] for rank in told[0]["ranks"])

@@ -137,7 +137,7 @@ class Proof:
 
     def at_the_end_of_its_time(self) -> list[Row]:
         """Rows for a job that asked for less time than it needs: SLURM warns it by USR1."""
-        job = self.job("short", "launch.time=2", "launch.signal_seconds=60")
+        job = self.job("short", "launch.time=3", "launch.signal_seconds=60")
         job.hold(7)
         before = len(job.events("start", "resume"))
         job.until(lambda: all(is_pending(process.pid, signal.SIGUSR1) for process in job.ranks().values()), "USR1")

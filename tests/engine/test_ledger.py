@@ -23,7 +23,7 @@ from vlm_train.distributed import collectives, waiting
 from vlm_train.engine import heartbeat, ledger
 from vlm_train.engine.callbacks.clock import Waits
 from vlm_train.engine.heartbeat import ACCOUNTS, Heartbeat, page_of, read_beat, read_beats
-from vlm_train.engine.ledger import STEP_ACCOUNTS, Ledger, columns, kept, lives_of, totals
+from vlm_train.engine.ledger import STEP_ACCOUNTS, Ledger, book_the_end, columns, kept, lives_of, totals
 from vlm_train.engine.rundir import RunDirectory, append_line
 
 BORDERS = st.lists(st.tuples(st.sampled_from(ACCOUNTS), st.floats(0, 1e4)), max_size=30)
@@ -128,6 +128,21 @@ def test_processes_of_a_run_and_the_time_between_them_add_up(tmp_path: Path) -> 
     assert lives[0]["time"] == lives[1]["began"]  # and takes the run up again: that it slept is start-up
     assert sum(found.seconds.values()) == pytest.approx(found.wall, abs=0.01)  # rows are rounded to a millisecond
     assert read_beats(tmp_path) == [] and not heartbeat.folder_of(tmp_path).exists()
+
+
+def test_what_a_process_takes_to_end_is_booked(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    book_the_end(run)  # of a process that died too soon to have an account
+    assert not run.time_of(0).exists()
+    with kept(run, 0):
+        pass
+    before = totals(lives_of(run.time_of(0)))
+    time.sleep(0.1)
+    book_the_end(run)
+    after = totals(lives_of(run.time_of(0)))
+    assert before is not None and after is not None and after.num_lives == 1
+    assert after.wall - before.wall > 0.09
+    assert after.seconds["overhead"] - before.seconds["overhead"] == pytest.approx(after.wall - before.wall, abs=0.01)
 
 
 KILLED = """

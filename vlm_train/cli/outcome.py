@@ -1,5 +1,5 @@
-"""How a process of the command line ends: what is printed of an error, and the exit code it means, 2 the user's mistake,
-1 a failure.
+"""How a process of the command line ends: what is printed of an error, and the exit code it means: 2 the user's
+mistake, 1 a failure.
 
 Whatever is printed here is `scrubbed`, once and for all: an error may quote any word of the command line, and a word
 may be a URL with a password. Where it was taken apart on the way (`data=https://me:hush@h/x` is a choice of a group
@@ -26,12 +26,30 @@ _HIDDEN = "***"
 _SHORTEST = 6  # what is shorter cannot be told from other text when it stands alone
 
 
+_OTHERS = (
+    (
+        re.compile(r"DataLoader worker \(pid\(?s?\)? ?(?P<who>[\d, ]+)\) (is killed by signal|exited unexpectedly)"),
+        "a process that reads data was killed: process {who}",
+        "where memory ran out, `dmesg` says so: data.num_workers=N with fewer; the same command resumes",
+    ),
+    (
+        re.compile(r"gloo.*(Connection closed by peer|Connection reset by peer)", re.DOTALL),
+        "another rank is gone, in the middle of an exchange with it",
+        "what that rank said, or is said of it, is the cause; the same command resumes",
+    ),
+)
+"""What torch says when another process is the cause: the line of ours that it happened at means nothing."""
+
+
 def tell(error: Exception, words: Sequence[str] = (), *, who: str = "") -> int:
     """Prints an error to stderr and returns the exit code. One that nobody foresaw keeps its traceback."""
     if isinstance(error, OSError):
         where = error.filename if error.filename is not None else error
         error = VlmError(f"the system refused: {error.strerror or type(error).__name__}", got=where,
                          remedy="mend that, then run the same command again")  # fmt: skip
+    for pattern, what, remedy in _OTHERS:
+        if not isinstance(error, VlmError) and (found := pattern.search(str(error))):
+            error = VlmError(what.format_map(found.groupdict()), remedy=remedy)
     if isinstance(error, VlmError):
         text, code = f"error: {who}{error}", error.exit_code
     else:

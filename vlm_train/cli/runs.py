@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +24,16 @@ from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.schema import learning_view
+
+
+class Folder(Protocol):
+    """What one process at a time trains in, and its config: a run, or a sweep."""
+
+    path: Path
+    config: Path
+
+    def create(self) -> None:
+        """Makes the folder."""
 
 
 def choose_run(config: DictConfig) -> tuple[RunDirectory, Path | None]:
@@ -39,7 +48,7 @@ def choose_run(config: DictConfig) -> tuple[RunDirectory, Path | None]:
         if resume == "never" and run.config.is_file():
             raise ConfigError(f"{run.path} exists already", got="run.resume=never", allowed="a new run.id or run.dir",
                               remedy="leave run.resume at auto to go on with it")  # fmt: skip
-        _refuse_other_config(config, run)
+        refuse_other_config(config, run)
     else:
         latest = RunDirectory(root / "latest")
         goes_on = resume == "auto" and latest.config.is_file() and not latest.is_finished()
@@ -47,36 +56,46 @@ def choose_run(config: DictConfig) -> tuple[RunDirectory, Path | None]:
             run = RunDirectory(latest.path.resolve().relative_to(Path.cwd().resolve()))
         else:
             run = RunDirectory(root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
-    config.run.dir, config.run.id = str(run.path), run.path.name
+    _name(config, run)
     return run, None
 
 
 def _named_by_path(config: DictConfig, path: Path) -> tuple[RunDirectory, Path | None]:
     at_checkpoint = is_checkpoint(path)
-    run = RunDirectory(path.resolve().parent.parent if at_checkpoint else path)
+    run = RunDirectory(checkpoints.place_of(path).parent.parent if at_checkpoint else path)
     if not run.config.is_file():
         raise ConfigError("run.resume names neither a run nor a checkpoint", got=path,
                           allowed="auto, never, runs/<experiment>/<id> or .../checkpoints/step-XXXXXXXX",
                           remedy="run.resume=auto")  # fmt: skip
     if at_checkpoint:
         checkpoints.verify(path)
-    _refuse_other_config(config, run)
-    config.run.dir, config.run.id = str(run.path), run.path.name
-    return run, path.resolve() if at_checkpoint else None
+    refuse_other_config(config, run)
+    _name(config, run)
+    return run, checkpoints.place_of(path) if at_checkpoint else None
+
+
+def _name(config: DictConfig, run: RunDirectory) -> None:
+    """Fills run.dir and run.id: a run has the name of its folder, unless it was once given another."""
+    before = saved_config(run).get("run") if run.config.is_file() else None
+    given = before.id if before and before.id and Path(before.dir).name != before.id else None
+    if given and config.run.id not in (None, given):
+        raise ConfigError(f"the run in {run.path} has another name", got=f"run.id={config.run.id}", allowed=given,
+                          remedy=f"leave out run.id={config.run.id}")  # fmt: skip
+    config.run.dir, config.run.id = str(run.path), given or config.run.id or run.path.name
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is a checkpoint that was committed under the name of its step."""
-    return bool(re.fullmatch(r"step-\d+", path.resolve().name)) and (path / "manifest.json").is_file()
+    return path.is_dir() and checkpoints.place_of(path) in checkpoints.committed(checkpoints.place_of(path).parent)
 
 
-def differences(config: DictConfig, run: RunDirectory) -> dict[str, tuple[object, object]]:
+def differences(config: DictConfig, run: Folder) -> dict[str, tuple[object, object]]:
     """key -> (saved, now) for every key that says what is learned and has changed."""
     before, now = learning_view(saved_config(run)), learning_view(config)
     return {key: (before.get(key), now.get(key)) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
 
 
-def saved_config(run: RunDirectory) -> DictConfig:
+def saved_config(run: Folder) -> DictConfig:
     """What the run was started with. Raises ConfigError when nobody can read it."""
     try:
         saved = OmegaConf.load(run.config)
@@ -91,8 +110,10 @@ def saved_config(run: RunDirectory) -> DictConfig:
     return saved
 
 
-def _refuse_other_config(config: DictConfig, run: RunDirectory) -> None:
-    if not run.config.is_file():
+def refuse_other_config(config: DictConfig, run: Folder) -> None:
+    """Raises ConfigError where what is there was trained with another config; what failed before its first step was
+    not trained at all."""
+    if not run.config.is_file() or (isinstance(run, RunDirectory) and not run.has_learned()):
         return
     changed = differences(config, run)
     if changed:
@@ -122,7 +143,7 @@ def bring_back(config: DictConfig, run: RunDirectory) -> Path | None:
                           allowed="a new run.id", remedy="leave run.resume at auto to go on from them")  # fmt: skip
     found = restore(run, store)
     if found is not None:
-        _refuse_other_config(config, run)
+        refuse_other_config(config, run)
     return found
 
 
@@ -137,7 +158,7 @@ def point_latest(run: RunDirectory) -> None:
 
 
 @contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
+def locked(run: Folder) -> Iterator[None]:
     """Holds the run for this process. Raises ConfigError if another one holds it, or if it cannot be made."""
     try:
         run.create()
@@ -157,7 +178,7 @@ def locked(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def _acquire(file: IO[str], run: RunDirectory, patience: float = 15.0) -> None:
+def _acquire(file: IO[str], run: Folder, patience: float = 15.0) -> None:
     """A just-killed owner's workers get `patience` seconds to vanish."""
     deadline = time.monotonic() + patience
     while True:

@@ -91,9 +91,7 @@ def _next_run(config: DictConfig, run: RunDirectory, words: list[str]) -> tuple[
     from vlm_train.cli.runs import choose_run, locked, point_latest
     from vlm_train.cli.train import make_ready
 
-    name = config.run.id
     choose_run(config)  # refuses a run that was trained with another config
-    config.run.id = name  # which of several runs is not that of its folder
     if run.is_finished():
         return None
     with locked(run):

@@ -25,6 +25,8 @@ LOG = get_logger(__name__)
 STATE = "state.ckpt"
 """A file, or the folder of a sharded strategy: a file of each rank and what lies where."""
 
+_NAME = re.compile(r"step-\d+")
+
 Entry = dict[str, Any]
 """What a manifest says of a file: `size` in bytes and `sha256`."""
 
@@ -39,9 +41,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def place_of(path: Path) -> Path:
+    """Where a checkpoint lies in its run: `path`, or what it points to where it has another name, as `latest` may."""
+    place = Path(os.path.abspath(path))
+    return place if _NAME.fullmatch(place.name) else path.resolve()
+
+
 def named(folder: Path) -> list[Path]:
     """Directories with the name of a checkpoint, oldest first, damaged ones included; a temporary one has another."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -115,8 +123,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from error
     if not is_one:
         raise CheckpointError(f"{path} is not a committed checkpoint: its manifest is damaged")
-    if step != step_of(path.resolve()):
-        raise CheckpointError(f"{path}: the manifest is that of another step", got=step, allowed=step_of(path))
+    place = place_of(path)
+    if not _NAME.fullmatch(place.name):
+        raise CheckpointError(f"{path} has not the name of a checkpoint", got=place.name, allowed="step-XXXXXXXX")
+    if step != step_of(place):
+        raise CheckpointError(f"{path}: the manifest is that of another step", got=repr(step), allowed=step_of(place))
     return manifest
 
 

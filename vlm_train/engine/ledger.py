@@ -43,7 +43,10 @@ from typing import Any
 
 from vlm_train.engine.heartbeat import ACCOUNTS, Heartbeat, page_of, read_beat, ticks_of
 from vlm_train.engine.rundir import RunDirectory, append_line, read_lines
-from vlm_train.errors import VlmError
+from vlm_train.errors import CheckpointError, VlmError
+from vlm_train.log import get_logger
+
+LOG = get_logger(__name__)
 
 IDLE = "idle"
 PRODUCTIVE = ("compute", "optimizer", "communication")
@@ -143,7 +146,13 @@ def kept(run: RunDirectory, rank: int) -> Iterator[Ledger]:
     """The ledger of this process in a run, from the process's start on; its last row is written at the end. Takes over
     what an earlier process of the rank, which was killed, had not written."""
     path, page = run.time_of(rank), page_of(run.path, rank)
-    before = _settle(path, page)
+    try:
+        before = _settle(path, page)
+    except CheckpointError as error:  # training does not need it
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        LOG.warning("%s; the time before this start is left out, see %s", error.what, aside)
+        before = []
     life = before[-1]["life"] + 1 if before else 1
     began = max(_began(), before[-1]["time"]) if before else _began()  # a process may take up a run twice
     beat = Heartbeat(page, rank=rank, life=life, began=began)
@@ -173,6 +182,17 @@ def _settle(path: Path, page: Path) -> list[dict[str, Any]]:
                "step": max(beat.step - 1, 0), "state": "killed", "seconds": beat.seconds}  # fmt: skip
         append_line(path, row)
     return lives_of(path)
+
+
+def book_the_end(run: RunDirectory) -> None:
+    """Books to overhead what has passed since the last row of rank 0, while its process ended and the command said what
+    came out. For the command, when it has nothing left to do."""
+    lives, now = lives_of(run.time_of(0)), time.time()
+    if not lives or lives[-1]["state"] != "ended":  # it was killed: nothing is known of its end
+        return
+    last = lives[-1]
+    seconds = last["seconds"] | {"overhead": round(last["seconds"]["overhead"] + now - last["time"], 6)}
+    append_line(run.time_of(0), {**last, "time": round(now, 3), "seconds": seconds})
 
 
 def _began() -> float:
@@ -210,7 +230,7 @@ class Totals:
 
 def lives_of(path: Path) -> list[dict[str, Any]]:
     """The last row of each life."""
-    return list({row["life"]: row for row in read_lines(path)}.values())
+    return list({row["life"]: row for row in read_lines(path, "life", "began", "time", "state", "seconds")}.values())
 
 
 def totals(lives: list[dict[str, Any]]) -> Totals | None:

@@ -73,7 +73,7 @@ def decide(run: RunDirectory, job: Job, code: int) -> bool:
         job: its job.
         code: exit code of its ranks; of no account where they were asked to stop.
     """
-    events = list(read_lines(run.events))
+    events = list(read_lines(run.events, "event"))
     last = events[-1]["event"] if events else ""
     if last in ("requeue_refused", "not_requeued"):  # decided already, by rank 0
         return last == "requeue_refused"

@@ -1,13 +1,14 @@
 """A run directory: what lies where, and how its files stay truthful when a run is killed at any instant.
 
 metrics.jsonl, events.jsonl, data_errors.jsonl and evals/history.jsonl are append-only lines of JSON, one write per
-line. On resume from step s, lines of the first, third and fourth that belong to later steps (and a torn last line)
-are removed before training goes on, so a file never tells a step twice. Everything else is written beside its name
-and renamed.
+line. On resume from step s, lines of the first, third and fourth that belong to later steps are removed before training
+goes on, so a file never tells a step twice. A last line that is torn (the power failed, or the disk was full) is no row
+for who reads, and is removed before another is written. Everything else is written beside its name and renamed.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -45,15 +46,17 @@ class RunDirectory:
         append_line(self.events, {"event": name, "time": round(time.time(), 3), **fields})
 
     def rewind(self, step: int) -> None:
-        """Removes every record of a step beyond `step`."""
+        """Removes every record of a step beyond `step`, and what is torn. Nobody may write meanwhile."""
         for path in (self.metrics, self.data_errors, self.history):
             if path.exists():
-                kept = [row for row in read_lines(path) if row["step"] <= step]
+                kept = [row for row in read_lines(path, "step") if row["step"] <= step]
                 write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.events, *self.path.glob("time*.jsonl")):
+            mend(path)
 
     def rewinds(self) -> list[dict[str, Any]]:
         """The `rewind` lines of events.jsonl, see `rewinds.py`."""
-        return [row for row in read_lines(self.events) if row["event"] == "rewind"]
+        return [row for row in read_lines(self.events, "event") if row["event"] == "rewind"]
 
     def time_of(self, rank: int) -> Path:
         """The ledger of one rank, see `ledger.py`."""
@@ -61,45 +64,62 @@ class RunDirectory:
 
     def last_step(self) -> int:
         """The last step of metrics.jsonl; 0 where it has no row."""
-        return max((row["step"] for row in read_lines(self.metrics)), default=0)
+        return max((row["step"] for row in read_lines(self.metrics, "step")), default=0)
+
+    def has_learned(self) -> bool:
+        """Whether there is a record of a step, or a checkpoint, or stages, which have their own."""
+        return self.last_step() > 0 or any(self.checkpoints.glob("step-*")) or any(self.path.glob("stage-*"))
 
     def reached(self) -> int:
         """The last step that was recorded before the run was taken up, 0 for none: it may lie beyond the checkpoint."""
-        turns = [row for row in read_lines(self.events) if row["event"] in ("start", "resume")]
+        turns = [row for row in read_lines(self.events, "event") if row["event"] in ("start", "resume")]
         return int(turns[-1].get("reached", 0)) if turns else 0
 
     def is_finished(self) -> bool:
         """Whether the run reached its last step and was not taken up again since."""
-        turns = [row["event"] for row in read_lines(self.events) if row["event"] in ("start", "resume", "finished")]
+        turns = [
+            row["event"] for row in read_lines(self.events, "event") if row["event"] in ("start", "resume", "finished")
+        ]
         return bool(turns) and turns[-1] == "finished"
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines; a torn last line (the process was killed while writing) is not a row."""
+def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines, each of which has these keys; a torn last line is not a row. Raises
+    CheckpointError."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"{path} line {number} is not JSON: {error}",
-                remedy="restore the file, or start a new run: run.resume=never",
-            ) from error
+            row = json.loads(line)
+        except ValueError as error:
+            row, why = None, f"is not JSON: {error}"
+        else:
+            why = f"is not a record with {' and '.join(keys)}" if keys else "is not a record"
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            raise CheckpointError(f"{path} line {number} {why}", got=line[:80].decode(errors="backslashreplace"),
+                                  remedy="mend or delete that line, or start a new run: run.resume=never")  # fmt: skip
+        yield row
+
+
+def mend(path: Path) -> None:
+    """Removes a torn last line from a file of lines, if there is one."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """One line, one write. A full disk is told as such. Raises VlmError."""
+    """One line, one write; what a full disk has taken of it is taken back, and told. Raises VlmError."""
     data = (json.dumps(row) + "\n").encode()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             written = os.write(descriptor, data)
+            if written != len(data):
+                os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR) - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
-        if written != len(data):
-            raise OSError(28, "No space left on device")
     except OSError as error:
         raise VlmError(
             f"cannot append to {path}: {error.strerror}", remedy="free space, then run the same command: it resumes"
