@@ -142,7 +142,7 @@ def _processes_of(*words: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            told = path.read_text().split("\0")
+            told = os.fsdecode(path.read_bytes()).split("\0")
             if set(words) <= set(told) and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
         except OSError:  # it has ended
