@@ -6,12 +6,19 @@ import logging
 import os
 import sys
 
+from vlm_train.errors import ConfigError
 from vlm_train.locations import scrubbed
 
 
 def global_rank() -> int:
-    """This process's rank as the launcher (torchrun or srun) set it; 0 when there is one process."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    """This process's rank as the launcher (torchrun or srun) set it; 0 when there is one process. Raises ConfigError
+    where that is no number."""
+    name = "RANK" if "RANK" in os.environ else "SLURM_PROCID"
+    told = os.environ.get(name, "0")
+    if not told.isdecimal():
+        raise ConfigError(f"{name} in the environment does not say which rank this is", got=f"{name}={told}",
+                          allowed="0, 1, 2, ... as torchrun and srun set it", remedy=f"unset {name}")  # fmt: skip
+    return int(told)
 
 
 class _Formatter(logging.Formatter):

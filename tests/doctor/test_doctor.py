@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vlm_train
 from vlm_train.cli.main import main
 from vlm_train.doctor import cluster, devices, machine, software, storage, tracking
 from vlm_train.doctor.findings import GREEN, RED, YELLOW, Finding, found
@@ -104,7 +105,32 @@ def test_logins(tmp_path: Path) -> None:
     assert lights(tracking.wandb("wandb", "online", {"HOME": str(tmp_path / "other")})) == [RED]
     assert lights(tracking.wandb("wandb", "online", home)) == [GREEN]
     assert lights(tracking.wandb("wandb", "online", home | {"WANDB_BASE_URL": "https://own.example"})) == [RED]
+    assert lights(tracking.wandb("wandb", "online", {"HOME": "/nowhere", "WANDB_MODE": "offline"})) == [RED]  # as it is
+    assert lights(tracking.wandb("wandb", "online", home | {"WANDB_BASE_URL": ""})) == [GREEN]
     assert lights(tracking.wandb("wandb", "offline", {})) == [GREEN] == lights(tracking.wandb("none", "online", {}))
+
+
+def test_ranks_that_are_no_numbers_are_told_and_left_out() -> None:
+    environment = {"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "", "HOME": "a"}
+    bad = list(machine.ranks(environment))
+    assert lights(bad) == [RED, RED] and [finding.remedy for finding in bad] == ["unset RANK", "unset WORLD_SIZE"]
+    assert environment == {"LOCAL_RANK": "0", "HOME": "a"} and not list(machine.ranks(environment))
+
+
+def test_a_strange_rank_is_told_by_every_verb(tmp_path: Path) -> None:
+    """`doctor` goes on with its other checks."""
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 3}\n")
+    root = str(Path(vlm_train.__file__).parents[1])
+    cases = ((["doctor"], ("RANK", "SLURM_PROCID"), 1), (["watch", ".", "--once"], ("RANK",), 2),
+             (["watch", ".", "--once"], ("SLURM_PROCID",), 2), (["watch", ".", "--once"], (), 0))  # fmt: skip
+    for words, names, code in cases:
+        environment = {**os.environ, **dict.fromkeys(names, "a"), "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, "-m", "vlm_train.cli.main", *words], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        told = done.stdout + done.stderr
+        assert done.returncode == code and "Traceback" not in told, told
+        assert all(f"{name}=a" in told and f"unset {name}" in told for name in names)
+        assert ("open_files" in told) == (words == ["doctor"])
 
 
 SLURM = """Configuration data as of 2026-11-29T12:00:00

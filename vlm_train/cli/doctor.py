@@ -34,23 +34,31 @@ def main(words: list[str]) -> int:
         print(USAGE)
         return 0
     words, file = parted(words)
+    from vlm_train.doctor.findings import RED
+    from vlm_train.doctor.machine import ranks
+
+    findings = list(_told([ranks]))  # before all else: our modules ask for the rank when they are imported
     from vlm_train.cli.compose import compose_config
     from vlm_train.cli.stages import compose_stages
-    from vlm_train.doctor.findings import RED, found
 
     config = compose_config(words) if words else None
     stages = list(compose_stages(config, words).values()) or [config] if config is not None else []
-
-    findings = []
-    for finding in found(checks_of(config, stages)):
-        print(_line(finding), flush=True)
-        findings.append(finding)
+    findings += _told(checks_of(config, stages))
     lights = [finding.light for finding in findings]
     print(f"\n{', '.join(f'{lights.count(light)} {light}' for light in _COLOURS)}")
     if file is not None:
         rows = [{"name": f.name, "light": f.light, "seen": f.seen, "remedy": f.remedy} for f in findings]
         file.write_text(json.dumps({"host": os.uname().nodename, "findings": rows}, indent=1) + "\n")
     return 1 if RED in lights else 0
+
+
+def _told(checks: Iterable[Check]) -> Iterator[Finding]:
+    """What the checks find, printed as they find it."""
+    from vlm_train.doctor.findings import found
+
+    for finding in found(checks):
+        print(_line(finding), flush=True)
+        yield finding
 
 
 def parted(words: list[str]) -> tuple[list[str], Path | None]:

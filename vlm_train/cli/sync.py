@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from vlm_train.cli.options import Option, arguments, choice, plain
@@ -52,17 +53,29 @@ def sync(path: Any, config: Any, options: dict[str, Any]) -> None:
 
     run = RunDirectory(path.resolve())
     if not run.last_step():
+        stages = sorted(f"{path}/{stage.name}" for stage in run.path.glob("stage-*"))
         raise ConfigError(f"{path} has nothing to send", got="no row in metrics.jsonl",
-                          allowed="a run that has trained", remedy="vlm-train train ...")  # fmt: skip
+                          allowed="a run that has trained, or a stage of one",
+                          remedy=f"vlm-train {f'sync {shlex.join(stages)}' if stages else 'train ...'}")  # fmt: skip
     resolved = in_texts(scrubbed, as_dict(config))
+    said = {key: _said(resolved, key) for key in ("logger.project", "logger.entity", "run.id")}
     there = begin(
         run,
-        project=options["--project"] or config.logger.get("project", "vlm-train"),
-        entity=options["--entity"] or config.logger.get("entity"),
+        project=options["--project"] or said["logger.project"] or "vlm-train",
+        entity=options["--entity"] or said["logger.entity"],
         mode=options["--mode"],
-        run_id=config.run.id,
+        run_id=said["run.id"] or run.path.name,
         config=resolved,
+        words={"project": "--project NAME", "offline": "--mode offline"},
     )
     url = there.url
     num = replay(run, there, Ticker("rows"))
     print(f"{path}: {num} rows sent{f' to {url}' if url else ''}")
+
+
+def _said(config: dict[str, Any], key: str) -> str | None:
+    """What a config says under GROUP.KEY, None where it says nothing there."""
+    group, _, name = key.partition(".")
+    part = config.get(group)
+    value = part.get(name) if isinstance(part, dict) else None
+    return None if value is None else str(value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from vlm_train.cli.terminal import can_redraw, terminal_of
 from vlm_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlm_train.cli.watched import Reader
+    from vlm_train.cli.watched import Reader, View
 
 USAGE = """usage: vlm-train watch RUN [--once]
 
@@ -18,7 +18,9 @@ USAGE = """usage: vlm-train watch RUN [--once]
   vlm-train watch runs/quickstart/latest --once   one picture
 
 Loss, speed, time left, where time goes, scores, the newest checkpoint, what happened last, and whether the run is
-alive. Into a file or a pipe: a line every 30 seconds."""
+alive. A run whose job has not begun is waited for. Into a file or a pipe: a line every 30 seconds.
+
+Exit code: 0 the run is finished, 1 it ended otherwise: stopped, failed or killed; 130 Ctrl-C. With --once always 0."""
 DRAW_SECONDS, LINE_SECONDS = 2.0, 30.0
 
 
@@ -28,21 +30,19 @@ def main(words: list[str]) -> int:
         print(USAGE)
         return 0
     path, once = parsed(words)
-    from vlm_train.cli.watched import Reader
+    from vlm_train.cli.watched import Reader, submission
     from vlm_train.engine.rundir import RunDirectory
 
     run = RunDirectory(path)
-    if not run.config.is_file():
-        raise ConfigError(f"{path} is no run", got=f"RUN={path}", allowed="a folder with config.yaml",
+    if not run.config.is_file() and submission(run) is None:
+        raise ConfigError(f"{path} is no run", got=f"RUN={path}",
+                          allowed="a folder with config.yaml, or one that vlm-train submit made",
                           remedy="vlm-train watch runs/quickstart/latest")  # fmt: skip
     reader = Reader(run)
     if once:
         _draw_once(reader)
-    elif sys.stdout.isatty():
-        _draw(reader)
-    else:
-        _tell(reader)
-    return 0
+        return 0
+    return _draw(reader) if can_redraw(sys.stdout) else _tell(reader)
 
 
 def parsed(words: list[str]) -> tuple[str, bool]:
@@ -57,20 +57,22 @@ def parsed(words: list[str]) -> tuple[str, bool]:
 def _draw_once(reader: Reader) -> None:
     from vlm_train.cli.frame import frame
 
-    print("\n".join(frame(reader.look(), *_size(), colour=sys.stdout.isatty())))
+    print("\n".join(frame(reader.look(), terminal_of(sys.stdout))))
 
 
-def _draw(reader: Reader) -> None:
-    """On the terminal's second screen, so that what stood there comes back."""
+def _draw(reader: Reader) -> int:
+    """On the terminal's second screen, so that what stood there comes back. Returns the exit code."""
     from vlm_train.cli.frame import frame
 
+    code, lines = 130, []
     print("\x1b[?1049h\x1b[?25l", end="")
     try:
         while True:
             view = reader.look()
-            lines = frame(view, *_size(), colour=True)
+            lines = frame(view, terminal_of(sys.stdout))
             print("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J", end="", flush=True)
-            if view.status in ("finished", "stopped"):
+            if view.is_over:
+                code = _exit_code(view)
                 break
             time.sleep(DRAW_SECONDS)
     except KeyboardInterrupt:
@@ -78,19 +80,19 @@ def _draw(reader: Reader) -> None:
     finally:
         print("\x1b[?25h\x1b[?1049l", end="")
     print("\n".join(lines))
+    return code
 
 
-def _tell(reader: Reader) -> None:
+def _tell(reader: Reader) -> int:
     from vlm_train.cli.frame import summary
 
     while True:
         view = reader.look()
         print(summary(view), flush=True)
-        if view.status != "running":
-            return
+        if view.is_over:
+            return _exit_code(view)
         time.sleep(LINE_SECONDS)
 
 
-def _size() -> tuple[int, int]:
-    size = shutil.get_terminal_size((100, 40))
-    return size.columns, size.lines
+def _exit_code(view: View) -> int:
+    return 0 if view.status == "finished" else 1

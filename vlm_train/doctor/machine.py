@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,17 @@ LEAST_FILES = 4096
 LEAST_SHARED_GB = 1.0
 MOST_SKEW = 2.0
 """Seconds between the clock of this machine and the one that dates files."""
+
+RANK_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID")
+"""Variables by which torchrun and srun tell a process which of how many ranks it is."""
+
+
+def ranks(environment: MutableMapping[str, str] = os.environ) -> Iterator[Finding]:
+    """What launchers say of this process. What is no number is taken out of the environment, for every other check
+    would end at it."""
+    for name in [name for name in RANK_NUMBERS if not environment.get(name, "0").isdecimal()]:
+        yield Finding("ranks", RED, f"{name}={environment.pop(name)} in the environment is no number: "
+                      "no run can tell which of its ranks it is", f"unset {name}")  # fmt: skip
 
 
 def cores(num_ranks: int = 1, num_workers: int = 0) -> Iterator[Finding]:

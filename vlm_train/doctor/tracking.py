@@ -14,9 +14,8 @@ _HOST = "https://api.wandb.ai"
 
 
 def wandb(name: str, mode: str, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """`name`, `mode`: of the config's logger."""
-    mode = environment.get("WANDB_MODE", mode)
-    if name != "wandb" or mode in ("offline", "disabled"):
+    """`name`, `mode`: of the config's logger; WANDB_MODE changes nothing of them."""
+    if name != "wandb" or mode == "offline":
         yield Finding("wandb", GREEN, "not asked for" if name != "wandb" else f"{mode}: rows stay in the run's folder")
     elif has_key(environment):
         yield Finding("wandb", GREEN, "online, a key is there")
@@ -29,7 +28,7 @@ def has_key(environment: Mapping[str, str]) -> bool:
     """Whether the environment or ~/.netrc has a key for the server."""
     if environment.get("WANDB_API_KEY"):
         return True
-    host = urlparse(environment.get("WANDB_BASE_URL", _HOST)).hostname or ""
+    host = urlparse(environment.get("WANDB_BASE_URL") or _HOST).hostname or ""
     path = environment.get("NETRC") or Path(environment.get("HOME", "~")).expanduser() / ".netrc"
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None

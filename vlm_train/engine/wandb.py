@@ -10,12 +10,14 @@ Beside the rows go the scores of evaluations, the pictures, and alerts on what a
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from vlm_train.engine.rundir import RunDirectory, read_lines
+from vlm_train.engine.wandb_files import id_of, publish, scratch
 from vlm_train.errors import ConfigError
 from vlm_train.log import get_logger
 
@@ -31,9 +33,19 @@ ALERTS = {
 }
 """Event -> title and text of the alert that it is."""
 
+WORDS_OF_TRAIN = {"project": "logger.project=NAME", "offline": "logger.mode=offline, or logger=none"}
+"""How a user of `vlm-train train` says which project, and that nothing is to be sent."""
+
 
 def begin(
-    run: RunDirectory, *, project: str, entity: str | None, mode: str, run_id: str, config: Mapping[str, Any]
+    run: RunDirectory,
+    *,
+    project: str,
+    entity: str | None,
+    mode: str,
+    run_id: str,
+    config: Mapping[str, Any],
+    words: Mapping[str, str] = WORDS_OF_TRAIN,
 ) -> Any:
     """The W&B run.
 
@@ -41,35 +53,62 @@ def begin(
         run: its folder holds W&B's files.
         project, entity: where the run belongs.
         mode: `online` or `offline` (one folder wandb/offline-run-*, which `wandb sync` uploads).
-        run_id: our id and W&B's.
+        run_id: our id; W&B's is the same where it can be, see `id_of`.
         config: shown beside the curves.
+        words: how a user says what a remedy asks for.
 
     Raises:
-        ConfigError: W&B cannot be reached or has no login.
+        ConfigError: W&B cannot be reached, has no login, or does not take what it is told.
     """
     import wandb
+    from pydantic import ValidationError
 
-    if mode == "offline":
-        for left in run.path.glob(f"wandb/offline-run-*-{run_id}"):
-            shutil.rmtree(left)
+    is_online, where = mode == "online", f"project={project}" + (f" entity={entity}" if entity else "")
+    _forget_empty_variables()
     try:
-        return wandb.init(
-            project=project,
-            entity=entity,
-            mode="online" if mode == "online" else "offline",
-            id=run_id,
-            name=run_id,
-            resume="allow" if mode == "online" else None,
-            dir=str(run.path),
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        asked = _settings(project, entity, run_id, is_online=is_online)
+    except (wandb.errors.UsageError, ValidationError) as error:
+        raise _refused(error, where, words["project"]) from error
+    try:
+        (run.path / "wandb").mkdir(exist_ok=True)
+        asked.root_dir = str(run.path if is_online else scratch(run))
+        return wandb.init(settings=asked, config=dict(config))
+    except ValidationError as error:  # of the environment, for what we ask for has been taken
+        names = [f"WANDB_{str(wrong['loc'][0]).upper()}" for wrong in error.errors()]
+        got = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise _refused(error, got, f"unset {' '.join(names)}") from error
     except (wandb.errors.Error, OSError) as error:
-        raise ConfigError(
-            f"Weights & Biases did not start: {error}",
-            got=f"logger=wandb logger.mode={mode}",
-            remedy="`wandb login`, or logger.mode=offline, or logger=none",
-        ) from error
+        if isinstance(error, OSError) and error.filename:  # of the disk, and of no server
+            raise _refused(error, error.filename, f"make {run.path}/wandb a folder that can be written") from error
+        asks_for_login = isinstance(error, wandb.errors.UsageError | wandb.errors.AuthenticationError)
+        remedy = "`wandb login`" if asks_for_login else "mend what it says"
+        raise _refused(error, where, f"{remedy}, or {words['offline']}") from error
+
+
+def _settings(project: str, entity: str | None, run_id: str, *, is_online: bool) -> Any:
+    import wandb
+
+    return wandb.Settings(
+        project=project,
+        entity=entity,
+        mode="online" if is_online else "offline",
+        run_id=id_of(run_id),
+        run_name=run_id,
+        resume="allow" if is_online else None,
+        silent=True,
+        console="off",
+    )
+
+
+def _forget_empty_variables() -> None:
+    """To W&B an empty text is a value, and a wrong one; to everybody else it says nothing."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
+
+
+def _refused(error: Exception, got: object, remedy: str) -> ConfigError:
+    why = " ".join(str(error).split(" For further information")[0].split())
+    return ConfigError(f"Weights & Biases did not start: {why}", got=got, remedy=remedy)
 
 
 class WandbSink:
@@ -103,7 +142,7 @@ class WandbSink:
     def _look(self) -> None:
         """Alerts, and scores at the step at which they stand."""
         self._looked = time.monotonic()
-        events = list(read_lines(self.run.events))
+        events = list(read_lines(self.run.events, "event"))
         for event in events[self._told :]:
             alert(self.there, event)
         self._told = len(events)
@@ -115,9 +154,20 @@ class WandbSink:
 
 
 def replay(run: RunDirectory, there: Any, progress: Callable[[int, int], None] | None = None) -> int:
-    """Sends all of a run's folder that the W&B run does not have; returns how many rows. `progress`: of (rows done,
-    in all)."""
-    rows, scores = list(read_lines(run.metrics)), scores_by_step(run)
+    """Sends all of a run's folder that the W&B run does not have, and ends this; returns how many rows. `progress`: of
+    (rows done, in all). Raises VlmError where a record cannot be read, or an offline run cannot be written."""
+    made = Path(there.dir).parent if there.offline else None
+    try:
+        num = _send(run, there, progress)
+    finally:
+        _finish(there)
+    if made is not None:
+        publish(run, made, there.id, num)
+    return num
+
+
+def _send(run: RunDirectory, there: Any, progress: Callable[[int, int], None] | None) -> int:
+    rows, scores = list(read_lines(run.metrics, "step")), scores_by_step(run)
     first, num = int(there.step or 0), 0
     if rows and first > rows[-1]["step"] + 1:
         LOG.warning("W&B has steps up to %d, the run up to %d: it went back since", first - 1, rows[-1]["step"])
@@ -130,14 +180,13 @@ def replay(run: RunDirectory, there: Any, progress: Callable[[int, int], None] |
     there.summary.update(summary_of(run))
     if rows:
         there.log(pictures_of(run), step=run.last_step())
-    _finish(there)
     return num
 
 
 def scores_by_step(run: RunDirectory) -> dict[int, dict[str, float]]:
     """step -> {eval/NAME/...: score} of evals/history.jsonl."""
     scores: dict[int, dict[str, float]] = {}
-    for row in read_lines(run.history):
+    for row in read_lines(run.history, "step", "name"):
         result = {key: value for key, value in row.items() if key not in ("step", "name")}
         scores.setdefault(row["step"], {}).update(_numbers(f"eval/{row['name']}", result))
     return scores
@@ -179,7 +228,7 @@ def _with_step(scores: Mapping[str, float], step: int) -> dict[str, float]:
 
 
 def _num_events(run: RunDirectory) -> int:
-    return sum(1 for _ in read_lines(run.events))
+    return sum(1 for _ in read_lines(run.events, "event"))
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
