@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from vlm_train.cli import slurm_ranks
 from vlm_train.cli.slurm_job import read_task
 from vlm_train.cli.slurm_script import script
 from vlm_train.cli.submit import main
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, VlmError
 
 CPU = ("trainer.accelerator=cpu", "launch.dry_run=true")
 
@@ -68,6 +69,35 @@ def test_slurm_takes_every_shape_of_job(here: Path, slurm: None, shape: str) -> 
     assert understood in tried.stderr
     job.write_text(text.replace("--signal=USR1", "--signal=USR9"))  # the twin
     assert subprocess.run(["sbatch", "--test-only", str(job)], capture_output=True).returncode != 0
+
+
+def test_without_a_controller_it_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lack := _clusters.lacks_slurm():
+        pytest.skip(lack)
+    (here / "slurm.conf").write_text("ClusterName=nobody\n")
+    monkeypatch.setenv("SLURM_CONF", str(here / "slurm.conf"))
+    with pytest.raises(VlmError, match="installed, but no controller answers") as refused:
+        main([word for word in words("run.dir=run") if "dry_run" not in word])
+    job = submitted(here / "run") / "job.sbatch"
+    assert refused.value.remedy == f"there: sbatch {job}" and len(str(refused.value.got).splitlines()) == 1
+
+
+def test_what_slurm_refuses_is_one_line(here: Path, slurm: None) -> None:
+    with pytest.raises(VlmError, match="sbatch refused the job") as refused:
+        main([word for word in words("run.dir=run", "launch.partition=nowhere") if "dry_run" not in word])
+    assert "invalid partition specified: nowhere; " in str(refused.value.got)
+
+
+def test_a_disk_without_room_is_told_and_nothing_is_left(here: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes of a file
+    try:
+        with pytest.raises(VlmError, match="cannot be written: File too large"):
+            main(words("run.dir=run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(here.glob("run/submit/*"))
+    assert main(words("run.dir=run")) == 0  # the twin
 
 
 def test_a_job_reads_its_own_copy_of_code_and_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,11 +155,50 @@ def test_gpus_are_asked_for_by_the_devices_of_the_run(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (("trainer.devices=2", "strategy=ddp"), ["2 x h100", "jobs", "since launch.gpu_type does not say"]),
+        (
+            ("launch.gpu_type=A100_40GB", "launch.time=0:02", "launch.signal_seconds=1"),
+            ["1 x a100-40gb", "in turn", "on a100-40gb, at 35%"],
+        ),
+        (("launch.gpu_type=abacus",), ["not planned: launch.gpu_type=abacus is none of h200"]),
+        (("launch.time=0",), ["for as long as it takes", "1 x h100"]),
+        (("experiment=distill_b32", "objective.parts.distill.teacher=runs/none"), ["not planned: runs/none is no run"]),
+        (("trainer.accelerator=cpu",), []),
+    ],
+)
+def test_a_job_is_planned_before_it_is_sent(
+    here: Path, capsys: pytest.CaptureFixture[str], extra: tuple[str, ...], told: list[str]
+) -> None:
+    long = ("data=shards", "data.train.shards=a", "data.val.shards=b", "trainer.max_steps=1000000")
+    chosen = extra if "experiment" in extra[0] else (*long, *extra)
+    assert main(["run.dir=run", "launch.dry_run=true", *chosen]) == 0
+    printed = capsys.readouterr().out.partition("#!/bin/bash")[0]
+    assert [part for part in told if part not in printed] == []
+    assert bool(told) == ("h100" in printed or "planned" in printed or "a100" in printed)
+
+
+@pytest.mark.parametrize(
     ("extra", "said"),
     [
         (("launch.partitio=x",), "launch.partition"),
         (("launch=slrum",), "launch=slurm"),
         (("launch.time=soon",), "launch.time"),
+        (("launch.time=99:99:99",), "launch.time"),
+        (("launch.time=1-25:00:00",), "launch.time"),
+        (("launch.time=2", "launch.signal_seconds=120"), "told to save from its start"),
+        (("launch.signal_seconds=65536",), "launch.signal_seconds=65535"),
+        (("launch.mem=lots",), "launch.mem=64G"),
+        (('launch.sbatch=["evil"]',), "no option"),
+        (('launch.sbatch=["--time=1:00:00"]',), "launch.time=..."),
+        (('launch.container_mounts=["a"]',), "launch.container_mounts"),
+        ((r'launch.setup=["echo \"a"]',), "no bash: line 1"),
+        (('launch.setup=["cat <<END"]',), "here-document"),
+        (('run.dir="a\\\\b"',), "backslash"),
+        (("run.dir=run\udcff",), "UTF-8"),
+        (("launch.account=a\udcff",), "UTF-8"),
+        (('launch.setup=["echo \udcff"]',), "UTF-8"),
         (("launch.cpus=0",), "launch.cpus"),
         (("launch.container_runtime=docker",), "pyxis, apptainer"),
         (("--sweep", "seed=1"), "--sweep"),
@@ -144,7 +213,7 @@ def test_what_cannot_be_meant_is_refused_and_nothing_is_written(here: Path, extr
     with pytest.raises(ConfigError) as refused:
         main(words("run.dir=run", *extra))
     assert said in str(refused.value) and refused.value.remedy
-    assert not (here / "run").exists()
+    assert not list(here.iterdir())
 
 
 def test_ranks_of_srun_are_told_in_torchruns_words() -> None:

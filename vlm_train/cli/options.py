@@ -41,7 +41,7 @@ def whole(low: int, high: int = MANY, *, what: str = "is out of range") -> Kind:
     def read(name: str, text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,19}", text) else None
         if value is None or not low <= value <= high:
-            raise ConfigError(f"{name} {what}", got=text, allowed=f"a whole number from {low} to {high}",
+            raise ConfigError(f"{name} {what}", got=text or "nothing", allowed=f"a whole number from {low} to {high}",
                               remedy=_example(name, max(low, 1)))  # fmt: skip
         return value
 
@@ -83,14 +83,15 @@ def _number_of(text: str) -> float:
         return math.nan
 
 
-def number(low: float, high: float) -> Kind:
-    """A number of [low, high]."""
+def number(low: float, high: float, *, example: float = 0.2) -> Kind:
+    """A number of [low, high]; `example`: what the refusal of another proposes."""
 
     def read(name: str, text: str) -> float:
         value = _number_of(text)
         if not low <= value <= high:
-            raise ConfigError(f"{name} is out of range", got=text, allowed=f"a number from {low:g} to {high:g}",
-                              remedy=_example(name, min(max(low, 0.2), high)))  # fmt: skip
+            raise ConfigError(f"{name} is out of range", got=text or "nothing",
+                              allowed=f"a number from {low:,.9g} to {high:,.9g}",
+                              remedy=_example(name, min(max(low, example), high)))  # fmt: skip
         return value
 
     return read

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from vlm_train.cli.arguments import Arguments, parse
 from vlm_train.cli.options import count, number, out_file, taken, whole
 from vlm_train.cli.paths import groups
+from vlm_train.cli.slurm_time import ALLOWED, seconds_of
 from vlm_train.errors import ConfigError, VlmError
 
 if TYPE_CHECKING:
+    from vlm_train.cli.stages import Stages
     from vlm_train.plan.estimate import Machine, Plan
 
 USAGE = """usage: vlm-train plan [experiment=NAME] [group=choice] [key=value] [gpu=NAME] [gpus=N,N,...] [--json FILE]
@@ -29,11 +30,12 @@ From the config alone, without a GPU, weights or data: parameters and FLOPs by m
 GPU hours, money, checkpoints; and what would fit better. Weights, gradients and optimizer state are exact, activations
 are those of one step that runs on shapes, time is FLOPs over what the GPUs do at a given utilisation.
 
-  gpu=NAME           kind of GPU; h100 if left out
+  gpu=NAME           kind of GPU; h100 if left out: h200, h100, h100-nvl, h100-pcie, a100, a100-40gb, l40s, l4, a10,
+                     v100, t4, rtx-4090, rtx-3090
   gpus=N,N,...       on how many; trainer.devices x trainer.num_nodes if left out
   mfu=X              share of the GPU's peak while a step computes; 0.35 if left out
   price=USD          of a GPU for an hour, in place of what is assumed of the kind
-  walltime=TIME      H:MM:SS or D-HH:MM:SS of a job; how many of them the run takes
+  walltime=TIME      of a job, as SLURM takes it (H:MM:SS); how many of them the run takes
   samples=N          of the dataset, for epochs; the manifest's if it is there
   tokens=N           of a text or dialogue; the longest that the model reads if left out
   disk=GB            a second, of checkpoints; 1 if left out
@@ -53,7 +55,7 @@ def main(words: list[str]) -> int:
     rest, is_all, file = split_flags(words)
     arguments = parse(rest, KEYS, verb="plan", rest=True)
     nums_gpus = arguments.optional("gpus", _counts)
-    walltime = arguments.optional("walltime", seconds_of)
+    walltime = arguments.optional("walltime", _walltime)
     samples = arguments.optional("samples", count())
     if is_all:
         return _all(arguments, nums_gpus, file)
@@ -61,15 +63,15 @@ def main(words: list[str]) -> int:
 
     plans = _plans(arguments.overrides, machine_of(arguments), nums_gpus, arguments.optional("tokens", count()))
     print("\n".join(described(plans, machine_of(arguments), walltime, samples)))
-    _write(file, {plan.name: asdict(plan) for plan in plans})
+    write(file, {plan.name: asdict(plan) for plan in plans})
     return 0
 
 
 def machine_of(arguments: Arguments) -> Machine:
     """What is planned for. Raises ConfigError."""
-    mfu = arguments.optional("mfu", number(0.01, 1.0), 0.35)
-    price = arguments.optional("price", number(0.0, 1e6))
-    disk = arguments.optional("disk", number(0.001, 1e6), 1.0)
+    mfu = arguments.optional("mfu", number(0.01, 1.0, example=0.35), 0.35)
+    price = arguments.optional("price", number(0.0, 1e6, example=2.0))
+    disk = arguments.optional("disk", number(0.001, 1e6, example=1.0), 1.0)
     from vlm_train.plan.estimate import Machine
     from vlm_train.plan.hardware import gpu_of
 
@@ -77,21 +79,17 @@ def machine_of(arguments: Arguments) -> Machine:
     return Machine(gpu=gpu, mfu=mfu, price=gpu.price if price is None else price, disk=disk * 1e9)
 
 
-def seconds_of(name: str, text: str) -> int:
-    """SLURM's H:MM:SS or D-HH:MM:SS in seconds. Raises ConfigError."""
-    found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", text)
-    total = 0
-    if found:
-        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not total:
-        raise ConfigError(f"{name} is no time", got=text, allowed="H:MM:SS or D-HH:MM:SS, above 0",
+def _walltime(name: str, text: str) -> int:
+    seconds = seconds_of(text)
+    if not seconds:
+        raise ConfigError(f"{name} is no time", got=text, allowed=f"{ALLOWED}, above 0",
                           remedy=f"{name}24:00:00")  # fmt: skip
-    return total
+    return seconds
 
 
 def _counts(name: str, text: str) -> list[int]:
-    return [whole(1, 1 << 20, what="is no number of GPUs")(name, part) for part in text.split(",")]
+    one = whole(1, 1 << 20, what="is no number of GPUs")
+    return [one(name, part or text) for part in text.split(",")]  # nothing between commas: all of it is shown
 
 
 def split_flags(words: list[str]) -> tuple[list[str], bool, Path | None]:
@@ -109,11 +107,25 @@ def _plans(
     """A plan for each stage of the config that these words describe. Raises ConfigError."""
     from vlm_train.cli.compose import compose_config
     from vlm_train.cli.stages import compose_stages
-    from vlm_train.plan.estimate import Planner
 
     config = compose_config(words)
+    return plans_of(config, compose_stages(config, words), machine, nums_gpus, tokens, briefly=briefly)
+
+
+def plans_of(
+    config: Any,
+    stages: Stages,
+    machine: Machine,
+    nums_gpus: list[int] | None = None,
+    tokens: int | None = None,
+    *,
+    briefly: bool = False,
+) -> list[Plan]:
+    """A plan for each stage of a run, or for the run where it has none. Raises ConfigError."""
+    from vlm_train.plan.estimate import Planner
+
     plans = []
-    for name, stage in (compose_stages(config, words) or {config.run.experiment: config}).items():
+    for name, stage in (stages or {config.run.experiment: config}).items():
         planner = Planner(stage, machine, tokens, briefly=briefly)
         default = [stage.trainer.devices * stage.trainer.num_nodes]
         plans.append(planner.plan(name, nums_gpus or default))
@@ -136,8 +148,8 @@ def _all(arguments: Arguments, nums_gpus: list[int] | None, file: Path | None) -
         told[name] = content
         print(line, flush=True)
     print("\n".join(["", *assumptions(machine)]))
-    _write(file, told)
-    return 0
+    write(file, told)
+    return 1 if all(isinstance(content, dict) for content in told.values()) else 0  # not one could be planned
 
 
 def _brief(
@@ -153,6 +165,12 @@ def _brief(
     return summary(name, plans), [asdict(plan) for plan in plans]
 
 
-def _write(file: Path | None, content: Any) -> None:
-    if file is not None:
+def write(file: Path | None, content: Any) -> None:
+    """Writes what `--json` asked for. Raises VlmError where the file cannot be written."""
+    if file is None:
+        return
+    try:
         file.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise VlmError(f"--json cannot be written: {error.strerror}", got=file, allowed="a disk with room",
+                       remedy="choose another place for --json") from error  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlm_train.cli.quantities import count, figures, many, money, size, span
 from vlm_train.cli.tables import table
 from vlm_train.plan.compute import Part
 from vlm_train.plan.estimate import Machine, Plan, Setting
@@ -11,7 +12,7 @@ from vlm_train.plan.hardware import USABLE
 
 HEADER = (
     f"{'experiment':22} {'parameters':>10} {'learning':>8} {'GFLOP':>8} {'samples':>8} {'GPUs':>5} {'micro':>6} "
-    f"{'GB a rank':>9}  {'':12} {'hours':>9} {'GPU hours':>9} {'cost':>10} {'checkpoint':>10}"
+    f"{'GB a rank':>9}  {'':12} {'time':>9} {'GPU hours':>9} {'cost':>10} {'checkpoint':>10}"
 )
 
 
@@ -25,6 +26,12 @@ def described(plans: Sequence[Plan], machine: Machine, walltime: int | None, sam
     return lines + assumptions(machine, plans)
 
 
+def brief(plans: Sequence[Plan], machine: Machine, walltime: int | None) -> list[str]:
+    """Memory, time and money of all stages together, and what would suit the run better."""
+    advice = dict.fromkeys(advice for plan in plans for advice in plan.advice)
+    return [*_sweep(plans, machine, walltime), *(f"  -> {each}" for each in advice)]
+
+
 def summary(name: str, plans: Sequence[Plan]) -> str:
     """One line for a run: sizes and memory of its hungriest stage, time and money of all."""
     plan = max(plans, key=lambda each: each.settings[0].memory)
@@ -34,28 +41,28 @@ def summary(name: str, plans: Sequence[Plan]) -> str:
     total = sum(each.num_steps * each.global_batch for each in plans)
     fits = "" if setting.fits else "does not fit"
     return (
-        f"{name:22} {_count(parameters):>10} {_count(learning):>8} {plan.work.useful / 1e9:>8.3g} {_count(total):>8} "
-        f"{setting.num_gpus:>5} {setting.micro_batch:>6} {setting.memory / 1e9:>9.3g}  {fits:12} "
-        f"{sum(c.hours for c in costs):>9,.3g} {sum(c.gpu_hours for c in costs):>9,.4g} "
-        f"{_money(sum(c.money for c in costs)):>10} {_gb(plan.checkpoint):>10}"
+        f"{name:22} {count(parameters):>10} {count(learning):>8} {figures(plan.work.useful / 1e9):>8} "
+        f"{count(total):>8} {setting.num_gpus:>5} {setting.micro_batch:>6} {figures(setting.memory / 1e9):>9}  "
+        f"{fits:12} {span(3600 * sum(c.hours for c in costs)):>9} {figures(sum(c.gpu_hours for c in costs)):>9} "
+        f"{money(sum(c.money for c in costs)):>10} {size(plan.checkpoint):>10}"
     )
 
 
 def assumptions(machine: Machine, plans: Sequence[Plan] = ()) -> list[str]:
     """What the figures stand on."""
     gpu = machine.gpu
+    source = "a guess of what clouds ask; price= sets it" if machine.price == gpu.price else "as price= says"
     lines = [
         f"  {gpu.name}: {gpu.peak / 1e12:.0f} TFLOP/s dense bf16, {gpu.memory / 1e9:.0f} GB of which {USABLE:.0%} may "
         "be used (the rest: CUDA, NCCL, pieces)",
         f"  {machine.mfu:.0%} of that peak while a step computes; a forward pass that is computed again takes its time "
         "on top",
         "  no time for exchange between ranks, waiting for data, evaluation and checkpoints",
-        f"  ${machine.price:.2f} for a GPU and hour (a guess of what clouds ask; price= sets it); "
-        f"{machine.disk / 1e9:g} GB/s to the disk",
+        f"  ${machine.price:.2f} for a GPU and hour ({source}); {machine.disk / 1e9:g} GB/s to the disk",
     ]
     for sample in {plan.sample for plan in plans}:
         text = "dialogues" if sample.images is not None else "texts"
-        images = f" with {sample.images} image(s)" if sample.images is not None else ""
+        images = f" with {many(sample.images, 'image', 'images')}" if sample.images is not None else ""
         lines.append(f"  {text} of {sample.tokens} tokens{images}, the longest unless tokens= was given")
     lines.append("  a tokenizer that is trained has as many entries as asked for; few captions may give fewer")
     return ["assumed", *lines]
@@ -98,29 +105,33 @@ def _memory(plan: Plan, machine: Machine) -> list[str]:
         "loss over the global batch": setting.loss,
         "features between the passes": setting.caches,
     }
-    rows = [[name, _gb(value)] for name, value in named.items() if value]
-    fits = "fits" if setting.fits else "DOES NOT FIT"
-    rows.append(["at most at once", f"{_gb(setting.memory)}"])
-    passes = f"{setting.num_micro_batches} micro-batches of {setting.micro_batch}"
-    title = f"memory of a rank of {setting.num_gpus}, {setting.strategy}, {passes}"
-    return [*table([title, ""], rows), f"  {fits} a {machine.gpu.name}, {_gb(machine.gpu.usable)} of it"]
+    rows = [[name, size(value)] for name, value in named.items() if value]
+    fits = "fits into" if setting.fits else "DOES NOT FIT into"
+    rows.append(["at most at once", size(setting.memory)])
+    passes = f"{many(setting.num_micro_batches, 'micro-batch', 'micro-batches')} of {setting.micro_batch:,}"
+    title = f"memory of a rank of {setting.num_gpus:,}, {setting.strategy}, {passes}"
+    return [
+        *table([title, ""], rows),
+        f"  {fits} the {size(machine.gpu.usable)} of {machine.gpu.name} that may be used",
+    ]
 
 
 def _time(plan: Plan, samples: int | None) -> list[str]:
     total = plan.num_steps * plan.global_batch
     samples = samples or plan.samples
-    epochs = f", {total / samples:.3g} epochs of {samples:,}" if samples else ", epochs unknown (samples=N)"
+    epochs = f", {_epochs(total / samples)} of {samples:,}" if samples else ", epochs unknown (samples=N)"
     tokens = total * plan.sample.tokens
     return [
-        f"  {plan.num_steps:,} steps of {plan.global_batch:,} samples: {_count(total)} samples{epochs}, "
-        f"{_count(tokens)} tokens",
-        f"  checkpoint {_gb(plan.checkpoint)}, {plan.costs[0].stall_seconds:.3g} s to write",
+        f"  {many(plan.num_steps, 'step', 'steps')} of {many(plan.global_batch, 'sample', 'samples')}: "
+        f"{count(total)} samples{epochs}, "
+        f"{count(tokens)} tokens",
+        f"  checkpoint {size(plan.checkpoint)}, {span(plan.costs[0].stall_seconds)} to write",
     ]
 
 
 def _sweep(plans: Sequence[Plan], machine: Machine, walltime: int | None) -> list[str]:
     """A line for each number of GPUs, all stages together."""
-    header = ["GPUs", "", "micro-batch", "GB a rank", "step", "MFU", "hours", "GPU hours", "cost"]
+    header = ["GPUs", "", "micro-batch", "GB a rank", "step", "MFU", "time", "GPU hours", "cost"]
     header += ["jobs"] if walltime else []
     rows = []
     for index in range(len(plans[0].settings)):
@@ -128,15 +139,15 @@ def _sweep(plans: Sequence[Plan], machine: Machine, walltime: int | None) -> lis
         hours = sum(cost.hours for cost in costs)
         largest: Setting = max(settings, key=lambda each: each.memory)
         row = [
-            f"{largest.num_gpus} x {machine.gpu.name}",
+            f"{largest.num_gpus:,} x {machine.gpu.name}",
             largest.strategy,
             ", ".join(dict.fromkeys(f"{each.micro_batch} x {each.num_micro_batches}" for each in settings)),
-            f"{largest.memory / 1e9:.3g}" + ("" if largest.fits else " (too much)"),
-            ", ".join(f"{cost.step_seconds:.3g} s" for cost in costs),
+            figures(largest.memory / 1e9) + ("" if largest.fits else " (too much)"),
+            ", ".join(span(cost.step_seconds) for cost in costs),
             ", ".join(dict.fromkeys(f"{cost.mfu:.0%}" for cost in costs)),
-            f"{hours:,.3g}",
-            f"{sum(cost.gpu_hours for cost in costs):,.4g}",
-            _money(sum(cost.money for cost in costs)),
+            span(3600 * hours),
+            figures(sum(cost.gpu_hours for cost in costs)),
+            money(sum(cost.money for cost in costs)),
         ]
         if walltime:
             jobs = -(-round(hours * 3600) // walltime)
@@ -145,16 +156,5 @@ def _sweep(plans: Sequence[Plan], machine: Machine, walltime: int | None) -> lis
     return table(header, rows)
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
-
-
-def _count(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def _money(dollars: float) -> str:
-    return f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
+def _epochs(number: float) -> str:
+    return "1 epoch" if number == 1 else f"{figures(number)} epochs"

@@ -127,7 +127,7 @@ def _check_setup(lines: Sequence[str]) -> None:
     if not lines or shutil.which("bash") is None:
         return
     read = subprocess.run(["bash", "-n"], input="\n".join([*lines, ""]), capture_output=True, text=True,
-                          env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+                          errors="surrogateescape", env={**os.environ, "LC_ALL": "C"})  # fmt: skip
     if read.stderr:  # a warning, too: a here-document without an end
         raise ConfigError(f"launch.setup is no bash: {read.stderr.splitlines()[0].removeprefix('bash: ')}",
                           got=" | ".join(lines), allowed="lines that are whole in themselves",

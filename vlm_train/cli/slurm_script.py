@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlm_train.cli.paths import slurm_dir
 from vlm_train.engine.requeue import REQUEUE_EXIT
+from vlm_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,6 +31,9 @@ def script(config: DictConfig, launch: LaunchConfig, folder: Path, tasks: Sequen
         launch: what the job asks for.
         folder: absolute path of the submission.
         tasks: absolute path of the folder of each run, in it.
+
+    Raises:
+        ConfigError: a path or a name that SLURM, or a container, cannot be told.
     """
     values = {
         "TITLE": f"{config.run.experiment}: {folder}",
@@ -43,7 +47,12 @@ def script(config: DictConfig, launch: LaunchConfig, folder: Path, tasks: Sequen
         "PYTHON": shlex.join(_python(launch, folder)),
         "REQUEUE_EXIT": str(REQUEUE_EXIT),
     }
-    return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], (slurm_dir() / "train.sbatch").read_text())
+    text = re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], (slurm_dir() / "train.sbatch").read_text())
+    for line in text.split("\n"):
+        if re.search("[\ud800-\udfff]", line):  # bytes of the command line that are no UTF-8
+            raise ConfigError("a job is written in UTF-8", got=repr(line), allowed="names and values in UTF-8",
+                              remedy="rename the folder, or give the value in UTF-8")  # fmt: skip
+    return text
 
 
 def _directives(config: DictConfig, launch: LaunchConfig, folder: Path, num_tasks: int) -> list[str]:
@@ -55,14 +64,14 @@ def _directives(config: DictConfig, launch: LaunchConfig, folder: Path, num_task
         "cpus-per-task": _cpus(config, launch),
         "gres": _gpus(config) and ":".join(filter(None, ("gpu", launch.gpu_type, str(config.trainer.devices)))),
         "mem": launch.mem,
-        "time": launch.time,
+        "time": str(launch.time),  # 0, no limit, is said too
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
         "constraint": launch.constraint,
         "signal": f"USR1@{launch.signal_seconds}",
-        "chdir": _no_pattern(Path.cwd()),
-        "output": f"{_no_pattern(folder)}/{'%a.' if num_tasks > 1 else ''}{LOG}",
+        "chdir": Path.cwd(),
+        "output": f"{_without_patterns(folder)}/{'%a.' if num_tasks > 1 else ''}{LOG}",
         "open-mode": "append",
     }
     if num_tasks > 1:
@@ -102,14 +111,27 @@ def _mounts(launch: LaunchConfig, folder: Path) -> list[str]:
     """FROM:TO of the folder that the command is given in, of the run where that is elsewhere, and others."""
     run = folder.parent.parent
     own = [Path.cwd(), *([] if run.is_relative_to(Path.cwd()) else [run])]
+    for path in own:
+        if re.search("[:,]", str(path)):
+            raise ConfigError("a container cannot be given a folder whose name has a colon or a comma", got=path,
+                              allowed="other characters", remedy="rename the folder, or run.dir=...")  # fmt: skip
     return [*(f"{path}:{path}" for path in own), *launch.container_mounts]
 
 
-def _no_pattern(path: Path) -> str:
-    """A path for sbatch, which would read %j and the like in it."""
-    return str(path).replace("%", "%%")
+def _without_patterns(folder: Path) -> str:
+    """A folder as --output takes it, which reads %j and the like; a backslash would turn patterns off, %a with them."""
+    if "\\" in str(folder):
+        raise ConfigError("SLURM writes no log into a folder whose name has a backslash", got=folder,
+                          allowed="other characters", remedy="rename the folder, or run.dir=...")  # fmt: skip
+    return str(folder).replace("%", "%%")
 
 
 def _word(word: str) -> str:
-    """An option as a line of #SBATCH takes it: blanks in quotes."""
-    return f'"{word}"' if re.search(r"\s", word) else word
+    """An option as a line of #SBATCH takes it. In quotes sbatch takes all characters as they are but the quote and the
+    backslash, which a backslash keeps; outside of them a # would begin a comment."""
+    if "\n" in word:
+        raise ConfigError("an option of sbatch is one line", got=repr(word), allowed="no line break",
+                          remedy="a name without one")  # fmt: skip
+    if re.fullmatch(r"[\w=:./,%@+-]+", word, re.ASCII):
+        return word
+    return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
