@@ -37,6 +37,13 @@ class VlmError(Exception):
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.remedy)
 
 
+def reader_killed(process: object) -> VlmError:
+    """A worker of a loader is gone; `process`: its id, or several."""
+    return VlmError(f"a process that reads data was killed: process {process}",
+                    remedy="where memory ran out, `dmesg` says so: data.num_workers=N with fewer; the same command "
+                    "resumes")  # fmt: skip
+
+
 def _rebuild(kind: type[VlmError], what: str, got: object, allowed: object, remedy: str | None) -> VlmError:
     return kind(what, got=got, allowed=allowed, remedy=remedy)
 

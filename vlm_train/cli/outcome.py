@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from vlm_train.errors import VlmError
+from vlm_train.errors import VlmError, reader_killed
 from vlm_train.locations import SCHEMES, scrubbed
 
 _COLLAPSED = re.compile(rf"\b({'|'.join(SCHEMES)}):/(?!/)", re.IGNORECASE)
@@ -26,19 +26,8 @@ _HIDDEN = "***"
 _SHORTEST = 6  # what is shorter cannot be told from other text when it stands alone
 
 
-_OTHERS = (
-    (
-        re.compile(r"DataLoader worker \(pid\(?s?\)? ?(?P<who>[\d, ]+)\) (is killed by signal|exited unexpectedly)"),
-        "a process that reads data was killed: process {who}",
-        "where memory ran out, `dmesg` says so: data.num_workers=N with fewer; the same command resumes",
-    ),
-    (
-        re.compile(r"gloo.*(Connection closed by peer|Connection reset by peer)", re.DOTALL),
-        "another rank is gone, in the middle of an exchange with it",
-        "what that rank said, or is said of it, is the cause; the same command resumes",
-    ),
-)
-"""What torch says when another process is the cause: the line of ours that it happened at means nothing."""
+_READER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal|exited unexpectedly)")
+_RANK = re.compile(r"gloo.*Connection (closed|reset) by peer", re.DOTALL)
 
 
 def tell(error: Exception, words: Sequence[str] = (), *, who: str = "") -> int:
@@ -47,15 +36,24 @@ def tell(error: Exception, words: Sequence[str] = (), *, who: str = "") -> int:
         where = error.filename if error.filename is not None else error
         error = VlmError(f"the system refused: {error.strerror or type(error).__name__}", got=where,
                          remedy="mend that, then run the same command again")  # fmt: skip
-    for pattern, what, remedy in _OTHERS:
-        if not isinstance(error, VlmError) and (found := pattern.search(str(error))):
-            error = VlmError(what.format_map(found.groupdict()), remedy=remedy)
+    if isinstance(error, RuntimeError):
+        error = _of_another(str(error)) or error
     if isinstance(error, VlmError):
         text, code = f"error: {who}{error}", error.exit_code
     else:
         text, code = "".join(traceback.format_exception(error)).rstrip(), 1
     print(concealed(text, words), file=sys.stderr, flush=True)
     return code
+
+
+def _of_another(text: str) -> VlmError | None:
+    """What torch means where another process is the cause; the line of ours at which it noticed says nothing."""
+    if found := _READER.search(text):
+        return reader_killed(found[1])
+    if _RANK.search(text):
+        return VlmError("another rank is gone, in an exchange with it",
+                        remedy="what that rank said, or is said of it, is why; the same command resumes")  # fmt: skip
+    return None
 
 
 def leave(code: int) -> NoReturn:

@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from vlm_train.data.collate import SampleEncoder
 from vlm_train.data.steps import EvalSteps, Steps, StreamSteps
-from vlm_train.errors import CheckpointError, VlmError
+from vlm_train.errors import CheckpointError, VlmError, reader_killed
 from vlm_train.types import Batch, Jumps, Source, stream_step
 
 _PR_SET_PDEATHSIG = 1
@@ -162,10 +163,16 @@ def _loader(steps: Steps, order: Iterable[int], num_workers: int) -> DataLoader:
 def _run(loader: DataLoader) -> Iterator[Batch]:
     with _sigterm_blocked():
         items = iter(loader)  # starts the workers
-    for item in items:
-        if isinstance(item, VlmError):
-            raise item
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, VlmError):
+                raise item
+            yield item
+    except (OSError, EOFError) as error:  # a batch was being handed over; where none was, torch says who was killed
+        workers = {worker.sentinel: worker.pid for worker in getattr(items, "_workers", ())}
+        for sentinel in wait(list(workers), timeout=1.0):
+            raise reader_killed(workers[sentinel]) from error
+        raise
 
 
 @contextmanager
