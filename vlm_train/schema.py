@@ -207,6 +207,11 @@ def read_config(run: Path) -> DictConfig:
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} is no run: it has no config.yaml", remedy="name a run: runs/<experiment>/latest")
+    return load_config(file)
+
+
+def load_config(file: Path) -> DictConfig:
+    """A resolved config as `vlm-train` wrote it. Raises ConfigError where nobody can read it."""
     try:
         config, why = OmegaConf.load(file), "it holds no keys"
         OmegaConf.resolve(config)
@@ -214,7 +219,7 @@ def read_config(run: Path) -> DictConfig:
         config, why = None, str(error)
     if not isinstance(config, DictConfig) or not config:
         raise ConfigError(f"{file} is damaged", got=why, allowed="the config as vlm-train wrote it",
-                          remedy="restore it from a copy of the run")  # fmt: skip
+                          remedy="restore it from a copy, or start another run: run.id=NAME")  # fmt: skip
     return config
 
 

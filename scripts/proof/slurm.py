@@ -2,7 +2,7 @@
 learns.
 
     python scripts/proof/slurm.py            preempted, signalled, killed, an array, a crash loop: some minutes
-    python scripts/proof/slurm.py --full     and at the end of the time that was asked for, with more kills, in stages
+    python scripts/proof/slurm.py --full     and at its start, at the end of its time, with more kills, in stages
 
 A controller, a node and their key are started here and ended (`apt-get install slurm-wlm munge`, as root). Two ranks
 (DDP) unless a row says one. Compared is metrics.jsonl as text, but for the columns that measure the machine, with a run
@@ -41,7 +41,7 @@ def main() -> int:
         proof = Proof(Path(name), _runs.make_scenes(Path(name)))
         rows = proof.stopped() + proof.array() + proof.given_up()
         if options.full:
-            rows += proof.at_the_end_of_its_time() + proof.killed_often() + proof.stages()
+            rows += proof.at_its_start() + proof.at_the_end_of_its_time() + proof.killed_often() + proof.stages()
         return report(rows, options.json)
 
 
@@ -134,6 +134,14 @@ class Proof:
             rows.append(Row(claim=f"{label}: FAILED with its reason, queued again",
                             value=job.requeues() if gave_up else -1, bar=bar, sense="=="))  # fmt: skip
         return rows
+
+    def at_its_start(self) -> list[Row]:
+        """Rows for a job that is preempted before its ranks have begun to train."""
+        job = self.job("early")
+        job.until(lambda: len(job.ranks()) == 2, "ranks")
+        _jobs.preempt(job)
+        assert job.events("requeue")[0]["step"] == 0, "it had trained already"
+        return self.compared("preempted at its start", job)
 
     def at_the_end_of_its_time(self) -> list[Row]:
         """Rows for a job that asked for less time than it needs: SLURM warns it by USR1."""

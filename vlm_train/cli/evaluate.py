@@ -97,11 +97,10 @@ def override(run: RunDirectory, words: list[str]) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     from vlm_train.cli.compose import resolve
-    from vlm_train.cli.runs import saved_config
-    from vlm_train.schema import Config, check
+    from vlm_train.schema import Config, check, load_config
 
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Config), saved_config(run))
+        config = OmegaConf.merge(OmegaConf.structured(Config), load_config(run.config))
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{run.config} is not the config of this release",

@@ -16,14 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from vlm_train.engine import checkpoints
 from vlm_train.engine.rundir import RunDirectory
 from vlm_train.errors import CheckpointError, ConfigError
-from vlm_train.schema import learning_view
+from vlm_train.schema import learning_view, load_config
 
 
 class Folder(Protocol):
@@ -76,7 +74,7 @@ def _named_by_path(config: DictConfig, path: Path) -> tuple[RunDirectory, Path |
 
 def _name(config: DictConfig, run: RunDirectory) -> None:
     """Fills run.dir and run.id: a run has the name of its folder, unless it was once given another."""
-    before = saved_config(run).get("run") if run.config.is_file() else None
+    before = load_config(run.config).get("run") if run.config.is_file() else None
     given = before.id if before and before.id and Path(before.dir).name != before.id else None
     if given and config.run.id not in (None, given):
         raise ConfigError(f"the run in {run.path} has another name", got=f"run.id={config.run.id}", allowed=given,
@@ -91,23 +89,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def differences(config: DictConfig, run: Folder) -> dict[str, tuple[object, object]]:
     """key -> (saved, now) for every key that says what is learned and has changed."""
-    before, now = learning_view(saved_config(run)), learning_view(config)
+    before, now = learning_view(load_config(run.config)), learning_view(config)
     return {key: (before.get(key), now.get(key)) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
-
-
-def saved_config(run: Folder) -> DictConfig:
-    """What the run was started with. Raises ConfigError when nobody can read it."""
-    try:
-        saved = OmegaConf.load(run.config)
-        OmegaConf.resolve(saved)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        saved, why = None, str(error)
-    else:
-        why = "it holds no keys"
-    if not isinstance(saved, DictConfig) or not saved:
-        raise ConfigError(f"{run.config} is damaged", got=why, allowed="the config as vlm-train wrote it",
-                          remedy="restore it, or start another run: run.id=NAME")  # fmt: skip
-    return saved
 
 
 def refuse_other_config(config: DictConfig, run: Folder) -> None:
