@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Generator
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT / "scripts" / "proof"))
+# what ranks and runs of tests are copies of: importing takes longer than most of them
+multiprocessing.set_forkserver_preload(["vlm_train.training", "vlm_train.cli.main"])
 
 
 @pytest.fixture(scope="session")

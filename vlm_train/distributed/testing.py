@@ -1,8 +1,9 @@
 """Runs a function on several real gloo processes of this machine, for tests and proofs.
 
-Processes are spawned (never forked: torch's threads do not survive a fork), meet through a file, talk over the loopback
-interface and hand back their result through a file that is read without unpickling code. The first rank that fails
-ends the others, so a failure never becomes a wait for the timeout of a collective.
+Processes are forked from one that has only imported what `multiprocessing.set_forkserver_preload` names (never from
+the caller: torch's threads do not survive a fork). They meet through a file, talk over the loopback interface and hand
+back their result through a file that is read without unpickling code. The first rank that fails ends the others, so a
+failure never becomes a wait for the timeout of a collective.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Args:
         fn: a module-level function. It asks `collectives.rank()` who it is.
         args: sent to the processes by pickle, as `multiprocessing` does.
-        timeout: seconds for everything, including the start of the processes (about 1.2 s each on one core).
+        timeout: seconds for everything, including the start of the processes.
 
     The result of `fn` may hold tensors, numbers, strings, None and dicts, lists and tuples of them.
 
     Raises:
         RankFailure: with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    environment = dict(os.environ)  # that of the process they are forked from may be older
     with tempfile.TemporaryDirectory(prefix="vlm-train-ranks-") as folder:
         processes = [
-            context.Process(target=_rank_main, args=(fn, rank, world_size, folder, timeout, args), daemon=True)
+            context.Process(
+                target=_rank_main, args=(fn, rank, world_size, folder, timeout, environment, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         try:
@@ -82,8 +86,16 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float) -> Non
 
 
 def _rank_main(
-    fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: tuple[Any, ...]
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     interfaces = {name for _, name in socket.if_nameindex()}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in interfaces else "lo0")
