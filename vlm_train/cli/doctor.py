@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_train.cli.options import out_file, taken
+from vlm_train.errors import VlmError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -101,7 +102,6 @@ def _disk(folder: Path, config: Any, stages: Iterable[Any]) -> Iterator[Finding]
 
     if config is None:
         return storage.disk(folder)
-    from vlm_train.errors import VlmError
     from vlm_train.plan.dry import DryRun
     from vlm_train.plan.memory import checkpoint_bytes
 
@@ -127,9 +127,13 @@ def _all_reduce(num_ranks: int | None) -> Iterator[Finding]:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rate.json"
-        if launch([str(file)], num, module="vlm_train.cli.doctor"):
-            yield Finding("all_reduce", RED, f"{num} ranks of this machine cannot talk to each other",
-                          "look at what was printed above; NCCL_DEBUG=INFO tells more")  # fmt: skip
+        try:
+            why = "" if launch([str(file)], num, module="vlm_train.cli.doctor") == 0 else "see what was printed above"
+        except VlmError as error:
+            why = error.what
+        if why:
+            yield Finding("all_reduce", RED, f"{num} ranks of this machine cannot talk to each other: {why}",
+                          "NCCL_DEBUG=INFO tells more")  # fmt: skip
             return
         backend, rate = json.loads(file.read_text())
     yield of_link(backend, num, rate)
