@@ -71,6 +71,18 @@ class Job:
         """Stops its ranks (SIGSTOP) after the step or soon after it, whatever the machine is doing; SLURM continues
         what it preempts, others are continued by `go_on`."""
         self.until(lambda: _runs.last_step(self.run) >= step, f"step {step}")
+        self._suspend()
+
+    def hold_in_a_save(self) -> None:
+        """As `hold`, while a checkpoint is being written; see `slow_disk`."""
+        self.until(self._is_saving, "a save")
+        self._suspend()
+        assert self._is_saving(), "it was saved too soon"
+
+    def _is_saving(self) -> bool:
+        return any((self.run / "checkpoints").glob(".step-*.tmp-*"))
+
+    def _suspend(self) -> None:
         for process in self.ranks().values():
             process.suspend()
         assert not self.events("finished"), "it was done too soon"
@@ -142,6 +154,15 @@ def signalled(job: Job, name: str) -> None:
     job.until(lambda: len(job.events("start", "resume")) > before, "another start")
 
 
+def requeued(job: Job) -> None:
+    """`scontrol requeue` by somebody else, which ends the ranks as a preemption does. Waits until it has started
+    again."""
+    before = len(job.events("start", "resume"))
+    _clusters.told("scontrol", "requeue", job.number)
+    job.go_on()
+    job.until(lambda: len(job.events("start", "resume")) > before, "another start")
+
+
 def killed(job: Job, rank: int) -> None:
     """SIGKILL to one rank. Waits until the job has started again."""
     before = len(job.events("start", "resume"))
@@ -151,8 +172,18 @@ def killed(job: Job, rank: int) -> None:
 
 def dying(folder: Path) -> str:
     """A word for `submit` whose rank 1 is killed at each of its starts."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os.kill(os.getpid(), 9)\n"
+    return _hook(folder, "import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os.kill(os.getpid(), 9)\n")
+
+
+def slow_disk(folder: Path) -> str:
+    """A word for `submit` whose ranks take half a second for each flush to the disk."""
+    return _hook(
+        folder, "import os, time\nplain = os.fsync\nos.fsync = lambda file: (time.sleep(0.5), plain(file))[1]\n"
     )
+
+
+def _hook(folder: Path, code: str) -> str:
+    """A word for `submit` whose processes run this first."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
     return f'launch.setup=["export PYTHONPATH={folder}"]'

@@ -2,7 +2,7 @@
 learns.
 
     python scripts/proof/slurm.py            preempted, signalled, killed, an array, a crash loop: some minutes
-    python scripts/proof/slurm.py --full     and at its start, at the end of its time, with more kills, in stages
+    python scripts/proof/slurm.py --full     and at its start, in a save, out of time, with more kills, in stages
 
 A controller, a node and their key are started here and ended (`apt-get install slurm-wlm munge`, as root). Two ranks
 (DDP) unless a row says one. Compared is metrics.jsonl as text, but for the columns that measure the machine, with a run
@@ -41,7 +41,13 @@ def main() -> int:
         proof = Proof(Path(name), _runs.make_scenes(Path(name)))
         rows = proof.stopped() + proof.array() + proof.given_up()
         if options.full:
-            rows += proof.at_its_start() + proof.at_the_end_of_its_time() + proof.killed_often() + proof.stages()
+            rows += (
+                proof.at_its_start()
+                + proof.in_a_save()
+                + proof.at_the_end_of_its_time()
+                + proof.killed_often()
+                + proof.stages()
+            )
         return report(rows, options.json)
 
 
@@ -142,6 +148,16 @@ class Proof:
         _jobs.preempt(job)
         assert job.events("requeue")[0]["step"] == 0, "it had trained already"
         return self.compared("preempted at its start", job)
+
+    def in_a_save(self) -> list[Row]:
+        """Rows for jobs that are preempted, and queued again by somebody else, while a checkpoint is written."""
+        hook, rows = _jobs.slow_disk(self.folder / "slow"), []
+        for name, stop, num_requeues in (("preempted", _jobs.preempt, 1), ("scontrol requeue", _jobs.requeued, 0)):
+            job = self.job(f"saving-{num_requeues}", hook)
+            job.hold_in_a_save()
+            stop(job)
+            rows += self.compared(f"{name} in a save", job, num_requeues=num_requeues)
+        return rows
 
     def at_the_end_of_its_time(self) -> list[Row]:
         """Rows for a job that asked for less time than it needs: SLURM warns it by USR1."""
