@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def main(words: list[str]) -> int:
         print(f"imported without a tokenizer: {missing}; evaluate and predict need one: import with tokenizer=PATH")
         return 0
     asking = 'image=FILE prompt="..."' if foreign.family in KINDS else 'text="..." images=FOLDER out=grid.png'
-    print(f"next: vlm-train predict run={run.path} {asking}")
+    print(f"next: vlm-train predict run={shlex.quote(str(run.path))} {asking}")
     return 0
 
 
