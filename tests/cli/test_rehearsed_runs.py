@@ -28,8 +28,9 @@ def answers(run: Path) -> list[dict[str, Any]]:
 def test_a_run_learns_what_one_with_the_same_micro_batch_learns_and_asks_once(tmp_path: Path, scenes: Path) -> None:
     """Bit for bit, killed and resumed. tests/engine/test_rehearsal.py has the twin whose rehearsal leaves traces."""
     auto, given = tmp_path / "auto", tmp_path / "given"
-    _runs.kill_after(tmp_path, words(scenes, auto, AUTO), auto, 4)
-    output = _runs.call(tmp_path, words(scenes, auto, AUTO))
+    command = words(scenes, auto, AUTO, "checkpoint.asynchronous=false")
+    _runs.kill_after(tmp_path, command, auto, 4)
+    output = _runs.call(tmp_path, command)
     (answer,) = answers(auto)
     assert (answer["micro_batch"], answer["tried"]) == (24, {"24": True})
     assert "resuming" in output and "trainer.micro_batch=auto:" not in output

@@ -131,9 +131,9 @@ def _run(
 
         training.train(run.path, checkpoint)
         code = 0
+    book_the_end(run)
     if code == 0 and not apart:
         print(summary(run))
-    book_the_end(run)
     return code
 
 

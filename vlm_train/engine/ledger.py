@@ -185,8 +185,8 @@ def _settle(path: Path, page: Path) -> list[dict[str, Any]]:
 
 
 def book_the_end(run: RunDirectory) -> None:
-    """Books to overhead what has passed since the last row of rank 0, while its process ended and the command said what
-    came out. For the command, when it has nothing left to do."""
+    """Books to overhead what has passed since the last row of rank 0, while its process ended. For the command, when it
+    has nothing left but to say what came out."""
     lives, now = lives_of(run.time_of(0)), time.time()
     if not lives or lives[-1]["state"] != "ended":  # it was killed: nothing is known of its end
         return

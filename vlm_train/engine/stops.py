@@ -53,10 +53,8 @@ class StopSignals:
             signal.signal(number, handler)
         self._previous = {}
 
-    def give_up(self) -> None:
-        """Nobody asks for the flag any more: the signals go back, and one that came too late to be seen is sent
-        again."""
-        self.give_back()
+    def send_again(self) -> None:
+        """A signal that came too late to be seen, to who has the signals now."""
         if self._signal:
             signal.raise_signal(self._signal)
 

@@ -45,8 +45,9 @@ class Checkpoint(lightning.Callback):
         self._stops.give_back()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Gives them up, but after `Interrupted`: a second Ctrl-C still ends at once. What is being written is finished
-        first, for a rewind will look for it."""
+        """Gives them back, but after `Interrupted`: a second Ctrl-C still ends at once. What is being written is
+        finished first, for a rewind will look for it. A run that goes back hears of a signal again; one that fails has
+        failed, whatever was sent to its ranks meanwhile, as srun does beside one that died."""
         if isinstance(exception, Interrupted):
             return
         try:
@@ -56,7 +57,9 @@ class Checkpoint(lightning.Callback):
                 raise
             LOG.warning("%s", error)  # what ends the run is told by whoever catches it
         finally:
-            self._stops.give_up()
+            self._stops.give_back()
+            if isinstance(exception, Spike):
+                self._stops.send_again()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
