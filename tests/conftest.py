@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import _runs
 
     return _runs.make_scenes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A real SLURM of one node, which ends with the file of tests; what needs it is skipped where none is installed."""
+    import _clusters
+
+    if lack := _clusters.lacks_slurm():
+        pytest.skip(lack)
+    with _clusters.slurm_cluster(tmp_path_factory.mktemp("slurm") / "daemons", num_cpus=4):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +19,6 @@ from vlm_train.cli.slurm_config import LaunchConfig
 from vlm_train.cli.slurm_script import script
 from vlm_train.cli.slurm_time import seconds_of
 from vlm_train.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if lack := _clusters.lacks_slurm():
-        pytest.skip(lack)
-    with _clusters.slurm_cluster(tmp_path_factory.mktemp("slurm") / "daemons", num_cpus=1):
-        yield
 
 
 def written(name: str, folder: Path, time: object = 0) -> str:

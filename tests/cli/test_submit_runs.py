@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import _clusters
@@ -19,14 +18,6 @@ from vlm_train.cli.submit import main
 from vlm_train.errors import ConfigError, VlmError
 
 CPU = ("trainer.accelerator=cpu", "launch.dry_run=true")
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if lack := _clusters.lacks_slurm():
-        pytest.skip(lack)
-    with _clusters.slurm_cluster(tmp_path_factory.mktemp("slurm") / "daemons", num_cpus=4):
-        yield
 
 
 @pytest.fixture
