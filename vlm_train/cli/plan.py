@@ -42,6 +42,8 @@ are those of one step that runs on shapes, time is FLOPs over what the GPUs do a
   --all              one line for each experiment
   --json FILE        also write it all as JSON"""
 
+GPU, MFU, DISK = "h100", 0.35, 1.0
+"""What is planned for where the words do not say: a kind, a share of its peak, gigabytes a second."""
 KEYS = {"gpu": "NAME", "gpus": "N,N,...", "mfu": "SHARE", "price": "USD", "walltime": "H:MM:SS", "samples": "N",
         "tokens": "N", "disk": "GB"}  # fmt: skip
 
@@ -69,13 +71,13 @@ def main(words: list[str]) -> int:
 
 def machine_of(arguments: Arguments) -> Machine:
     """What is planned for. Raises ConfigError."""
-    mfu = arguments.optional("mfu", number(0.01, 1.0, example=0.35), 0.35)
+    mfu = arguments.optional("mfu", number(0.01, 1.0, example=MFU), MFU)
     price = arguments.optional("price", number(0.0, 1e6, example=2.0))
-    disk = arguments.optional("disk", number(0.001, 1e6, example=1.0), 1.0)
+    disk = arguments.optional("disk", number(0.001, 1e6, example=DISK), DISK)
     from vlm_train.plan.estimate import Machine
     from vlm_train.plan.hardware import gpu_of
 
-    gpu = gpu_of(arguments.optional("gpu", default="h100"))
+    gpu = gpu_of(arguments.optional("gpu", default=GPU))
     return Machine(gpu=gpu, mfu=mfu, price=gpu.price if price is None else price, disk=disk * 1e9)
 
 

@@ -14,26 +14,22 @@ if TYPE_CHECKING:
     from vlm_train.cli.planned import PlannedRun
     from vlm_train.cli.slurm_config import LaunchConfig
 
-_GPU = "h100"  # where launch.gpu_type does not say
-_MFU = 0.35  # as `plan` assumes
-_DISK = 1e9
-
 
 def plan_lines(run: PlannedRun, launch: LaunchConfig) -> list[str]:
     """Memory, hours, money and jobs in turn of a run; why not, where it cannot be planned. Nothing of a run on
     processors, whose speed nobody knows."""
     if run.config.trainer.accelerator == "cpu":
         return []
-    from vlm_train.cli.plan import plans_of
+    from vlm_train.cli.plan import DISK, GPU, MFU, plans_of
     from vlm_train.cli.plan_page import brief
     from vlm_train.plan.estimate import Machine
     from vlm_train.plan.hardware import GPUS
 
-    name = (launch.gpu_type or _GPU).lower().replace("_", "-")
+    name = (launch.gpu_type or GPU).lower().replace("_", "-")
     if name not in GPUS:
         return [f"  not planned: launch.gpu_type={launch.gpu_type} is none of {', '.join(GPUS)}"]
     gpu = GPUS[name]
-    machine = Machine(gpu=gpu, mfu=_MFU, price=gpu.price, disk=_DISK)
+    machine = Machine(gpu=gpu, mfu=MFU, price=gpu.price, disk=DISK * 1e9)
     try:
         with _no_hub():
             plans = plans_of(run.config, run.stages, machine)
@@ -42,7 +38,7 @@ def plan_lines(run: PlannedRun, launch: LaunchConfig) -> list[str]:
     unsaid = "" if launch.gpu_type else ", since launch.gpu_type does not say"
     return [
         *brief(plans, machine, seconds_of(str(launch.time)) or None),
-        f"  on {name}{unsaid}, at {_MFU:.0%} of its peak, ${machine.price:.2f} an hour; more: vlm-train plan",
+        f"  on {name}{unsaid}, at {MFU:.0%} of its peak, ${machine.price:.2f} an hour; more: vlm-train plan",
     ]
 
 
