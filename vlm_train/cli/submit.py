@@ -188,12 +188,13 @@ def _copy_code(folder: Path) -> None:
 
 def _send(job: Path) -> str:
     """The number that SLURM gives to the job. Raises VlmError where it refuses."""
-    from vlm_train.doctor.cluster import silence
+    from vlm_train.doctor.cluster import configuration
 
     sent = subprocess.run(["sbatch", "--parsable", str(job)], capture_output=True, text=True)
     if sent.returncode == 0:
         return sent.stdout.strip().partition(";")[0]
-    if why := silence():
+    _, why = configuration()
+    if why:
         raise VlmError("SLURM is installed, but no controller answers", got=why, allowed="a login node of the cluster",
                        remedy=f"there: sbatch {shlex.quote(str(job))}")  # fmt: skip
     told = "; ".join(re.sub("^sbatch: (error: )?", "", line) for line in sent.stderr.strip().splitlines())

@@ -18,21 +18,21 @@ def slurm(save_seconds: float = LEAST_SECONDS) -> Iterator[Finding]:
     if shutil.which("scontrol") is None:
         yield Finding("slurm", GREEN, "not here")
         return
-    if why := silence():
+    told, why = configuration()
+    if why:
         yield Finding("slurm", YELLOW, f"installed, but no controller answers: {why}",
                       "where there is a cluster, run this on its login node")  # fmt: skip
         return
-    told, _ = scontrol("show", "config")
     yield from judged(settings_of(told), save_seconds)
     told, _ = scontrol("show", "partition", "--oneliner")
     for line in told.splitlines():
         yield from of_partition(dict(re.findall(r"(\w+)=(\S+)", line)), save_seconds)
 
 
-def silence() -> str | None:
-    """Why no controller answers, in the last line of what SLURM says; None where one does."""
-    _, refusal = scontrol("show", "config")
-    return None if refusal is None else (refusal.splitlines() or ["it says nothing"])[-1]
+def configuration() -> tuple[str, str]:
+    """(`scontrol show config`, why no controller answers in the last line of what SLURM says; empty where one does)."""
+    told, refusal = scontrol("show", "config")
+    return told, "" if refusal is None else (refusal.splitlines() or ["it says nothing"])[-1]
 
 
 def settings_of(text: str) -> dict[str, str]:
