@@ -141,7 +141,7 @@ def answer(
 
 def known(run: RunDirectory, conditions: Conditions) -> int | None:
     """The answer that the run's last `micro_batch` line holds, if it was found under the same conditions."""
-    rows = [row for row in read_lines(run.events) if row["event"] == "micro_batch"]
+    rows = [row for row in read_lines(run.events, "event") if row["event"] == "micro_batch"]
     if not rows:
         return None
     same = conditions.num_ranks == rows[-1]["ranks"] and conditions.settings == rows[-1]["settings"]

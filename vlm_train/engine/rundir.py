@@ -68,7 +68,8 @@ class RunDirectory:
 
     def has_learned(self) -> bool:
         """Whether there is a record of a step, or a checkpoint, or stages, which have their own."""
-        return self.last_step() > 0 or any(self.checkpoints.glob("step-*")) or any(self.path.glob("stage-*"))
+        there = any(self.checkpoints.glob("step-*")) or any(self.path.glob("stage-*"))
+        return there or self.last_step() > 0  # last, for it reads all records
 
     def reached(self) -> int:
         """The last step that was recorded before the run was taken up, 0 for none: it may lie beyond the checkpoint."""
