@@ -179,7 +179,7 @@ def _send(run: RunDirectory, there: Any, progress: Callable[[int, int], None] | 
             progress(done, len(rows))
     there.summary.update(summary_of(run))
     if rows:
-        there.log(pictures_of(run), step=run.last_step())
+        there.log(pictures_of(run), step=rows[-1]["step"])
     return num
 
 
